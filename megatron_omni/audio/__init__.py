@@ -1,0 +1,1 @@
+"""Sound: reading and resampling waveforms, log-mel features, and the Mimi codec."""

@@ -1,0 +1,1 @@
+"""Tensor parallelism: the rank grid, collectives with their gradients, how tensors are cut, and the parallel layers."""

@@ -1,0 +1,46 @@
+"""Installation: the base package runs an exported model; ``[train]`` adds the engine."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "train": ["deepspeed>=0.19.4", "ninja"],
+    "gpu": ["triton", "flash-attn", "torchaudio", "liger-kernel"],
+    "demo": ["espeakng-loader"],
+    "adapters": ["peft", "lhotse"],
+    "cluster": ["ray[default]"],
+    "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "triton", "scipy"],
+    "dev": ["ruff", "mypy", "import-linter", "pre-commit", "types-PyYAML"],
+}
+
+setup(
+    name="megatron_omni",
+    version="0.1.0",
+    description="Training omni speech language models: ZeRO-3 x tensor parallelism, tar shards, Mimi targets",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_omni", "megatron_omni.*"]),
+    package_data={"megatron_omni": ["py.typed", "**/*.html"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "webdataset",
+        "numpy",
+        "soundfile",
+        "soxr",
+        "fsspec",
+        "datasets",
+        "orjson",
+        "xxhash",
+        "tenacity",
+        "safetensors",
+        "tokenizers",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "typer",
+        "wandb",
+        "jiwer",
+        "plotly",
+    ],
+    extras_require=EXTRAS,
+)
