@@ -31,13 +31,11 @@ class Mimi:
 
     def __init__(self, model: MimiModel, num_codebooks: int | None = None, device: torch.device | str = "cpu") -> None:
         config = model.config
-        available = config.num_quantizers
+        smallest, available = config.num_semantic_quantizers, config.num_quantizers
         self.num_codebooks: int = available if num_codebooks is None else num_codebooks
         """Codebooks used (K), semantic first; the first K of those that the weights have."""
-        if not config.num_semantic_quantizers <= self.num_codebooks <= available:
-            raise InputError(
-                f"num_codebooks={self.num_codebooks}: the codec's weights hold {available}; choose {config.num_semantic_quantizers}..{available}"
-            )
+        if not smallest <= self.num_codebooks <= available:
+            raise InputError(f"num_codebooks={self.num_codebooks}: the codec's weights hold {available}; choose {smallest}..{available}")
         self.card: int = config.codebook_size
         """Entries of a codebook."""
         self.sample_rate: int = config.sampling_rate
@@ -48,7 +46,9 @@ class Mimi:
         self.device = torch.device(device)
         self.weights_hash = _weights_hash(model)
         """sha256, hex."""
-        self.model: MimiModel = torch.nn.Module.to(model, self.device).eval().requires_grad_(False)
+        module: torch.nn.Module = model
+        module.to(self.device).eval().requires_grad_(False)
+        self.model = model
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path, num_codebooks: int | None = None, device: torch.device | str = "cpu") -> Mimi:
