@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -251,14 +251,37 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class LossSums:
-    """What one forward pass returns: sums over this rank's targets, never means."""
+class LossScale:
+    """Factor of each summed loss: weight x data-parallel size x accumulation / global count (0 where the count is 0).
 
-    text: torch.Tensor
-    """float32 scalar, summed cross entropy, attached to the graph."""
+    The engine averages over data parallel and accumulation, so with these factors the loss of a step is a sum over the
+    whole global batch divided by the global count, whatever the split.
+    """
+
+    text: float
+    codec: tuple[float, ...]
+    """One per codebook."""
+
+    @classmethod
+    def of(cls, counts: Counts, text_weight: float, codec_weights: tuple[float, ...], replicas: int) -> LossScale:
+        """``counts`` of the whole global batch; ``replicas`` = data-parallel size x accumulation."""
+
+        def factor(weight: float, count: int) -> float:
+            return weight * replicas / count if count else 0.0
+
+        return cls(factor(text_weight, counts.text), tuple(map(factor, codec_weights, counts.codec)))
+
+
+class StepLosses(NamedTuple):
+    """What one forward pass returns. A tuple, since ZeRO-3's hooks look for tensors in tuples."""
+
+    loss: torch.Tensor
+    """float32 scalar, scaled and attached to the graph."""
+    text_sum: torch.Tensor
+    """float32 scalar, detached: summed text cross entropy of this rank's rows."""
     text_correct: torch.Tensor
-    """int64 scalar, detached."""
-    codec_K: torch.Tensor
-    """float32 [K], summed cross entropy per codebook, attached."""
+    """int64 scalar."""
+    codec_sum_K: torch.Tensor
+    """float32 [K], detached."""
     codec_correct_K: torch.Tensor
-    """int64 [K], detached."""
+    """int64 [K]."""
