@@ -16,6 +16,7 @@ U     supervised text positions of a row          R     encoder rows of a micro-
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -285,3 +286,52 @@ class StepLosses(NamedTuple):
     """float32 [K], detached."""
     codec_correct_K: torch.Tensor
     """int64 [K]."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did, over all ranks: one line of ``metrics.jsonl`` and of the console."""
+
+    step: int
+    """Number of the step, from 0."""
+    loss: float
+    """The weighted sum that was minimised, nats."""
+    text_loss: float
+    """Mean over the step's text targets, nats."""
+    text_accuracy: float
+    codec_loss: tuple[float, ...]
+    """Mean per codebook, nats."""
+    codec_accuracy: tuple[float, ...]
+    codec_entropy: tuple[float, ...]
+    """Unigram entropy per codebook of the training data, nats: what a model that knows nothing of the text reaches."""
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+    tokens_per_second: float
+    """LLM positions that held a token, over all ranks."""
+    audio_seconds_per_second: float
+    """Seconds of speech heard and spoken per second, over all ranks."""
+    fill: dict[str, float]
+    """Demand over capacity by resource: seq, codec, encoder, ..."""
+    seconds: float
+    """Wall time of the step."""
+    data_wait_seconds: float
+    """Of it, waiting for rows."""
+    memory_bytes: int
+    """Most memory that a rank held: the device's, or on CPU the process's."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> StepReport:
+        """The report in ``data``; keys of later versions are left aside, and null (JSON has no NaN) is NaN."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {key: _from_json(value) for key, value in data.items() if key in names}
+        return cls(**values)
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_json(item) for item in value)
+    return math.nan if value is None else value
