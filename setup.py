@@ -41,6 +41,7 @@ setup(
         "wandb",
         "jiwer",
         "plotly",
+        "jinja2",
     ],
     extras_require=EXTRAS,
 )
