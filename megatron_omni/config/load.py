@@ -212,6 +212,7 @@ def deepspeed_config(recipe: Recipe, dp_size: int) -> dict[str, Any]:
             )
     filled: dict[str, Any] = _fill(config, "", _automatic(recipe, dp_size), path)
     _refuse_traps(filled, recipe.parallel.tensor, path)
+    filled.pop("optimizer", None)  # it says what the recipe says; the engine builds it from the recipe
     return filled
 
 
@@ -267,5 +268,6 @@ def _refuse_traps(config: dict[str, Any], tensor: int, path: Path) -> None:
                 )
     if zero.get("round_robin_gradients"):
         raise InputError(f"{path}: zero_optimization.round_robin_gradients moves parameters between ranks; checkpoints need it to be false")
-    if str(config.get("optimizer", {}).get("type", "")).lower() == "muon" and zero.get("stage") == 3:
-        raise InputError(f"{path}: Muon with ZeRO stage 3 orthogonalises slices, not matrices; use AdamW, or stage 1 or 2")
+    optimizer = config.get("optimizer")
+    if optimizer is not None and str(optimizer.get("type")).lower() != "adamw":
+        raise InputError(f"{path}: optimizer.type={optimizer.get('type')!r} is not used here; expected 'AdamW', or no optimizer section")

@@ -117,6 +117,7 @@ def test_world_must_fit(path):
 def test_every_deepspeed_config_is_filled_and_agrees(path, json_path):
     recipe = load_recipe(path, [f"engine.deepspeed={json_path}", "optim.clip=0.5"])
     config = deepspeed_config(recipe, dp_size=2)
+    assert "optimizer" not in config
     assert "auto" not in json.dumps(config)
     assert config["train_batch_size"] == 8
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 8
@@ -136,7 +137,8 @@ def test_every_deepspeed_config_is_filled_and_agrees(path, json_path):
         ({"zero_optimization": {"zero_quantized_gradients": True}}, ["parallel.tensor=2"], "zero_quantized_gradients"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, ["parallel.tensor=2"], "zero_quantized_weights"),
         ({"zero_optimization": {"round_robin_gradients": True}}, [], "round_robin_gradients"),
-        ({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Muon"}}, [], "Muon"),
+        ({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Muon"}}, [], "optimizer.type='Muon'"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 5.0}}}, [], "optimizer.params.lr=5.0 contradicts the recipe"),
     ],
 )
 def test_deepspeed_traps_are_refused(path, tmp_path, extra, overrides, message):
