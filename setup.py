@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "train": ["deepspeed>=0.19.4", "ninja"],
     "gpu": ["triton", "flash-attn", "torchaudio", "liger-kernel"],
-    "demo": ["espeakng-loader"],
+    "demo": ["espeakng-loader", "psutil"],
     "adapters": ["peft", "lhotse"],
     "cluster": ["ray[default]"],
     "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "triton", "scipy"],
