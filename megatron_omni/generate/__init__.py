@@ -1,1 +1,1 @@
-"""."""
+"""Decoding: from conditioning hidden states to codes, step by step."""
