@@ -62,8 +62,8 @@ def sections(runs: Runs) -> list[Section]:
             "Optimizer",
             "",
             (
-                Chart("Gradient norm before clipping", _lines(runs, lambda r: r.grad_norm)),
-                Chart("Learning rate", _lines(runs, lambda r: r.lr, smooth=False)),
+                Chart("Gradient norm before clipping", _lines(runs, lambda r: r.grad_norm, from_zero=True)),
+                Chart("Learning rate", _lines(runs, lambda r: r.lr, smooth=False, from_zero=True)),
             ),
         ),
         Section(
@@ -75,13 +75,13 @@ def sections(runs: Runs) -> list[Section]:
             "Speed",
             "Over all ranks.",
             (
-                Chart("Tokens per second", _lines(runs, lambda r: r.tokens_per_second)),
-                Chart("Seconds of audio per second", _lines(runs, lambda r: r.audio_seconds_per_second)),
-                Chart("Seconds per step", _lines(runs, lambda r: r.seconds)),
+                Chart("Tokens per second", _lines(runs, lambda r: r.tokens_per_second, from_zero=True)),
+                Chart("Seconds of audio per second", _lines(runs, lambda r: r.audio_seconds_per_second, from_zero=True)),
+                Chart("Seconds per step", _lines(runs, lambda r: r.seconds, from_zero=True)),
                 Chart(
                     "Waiting for data, share of the step", _lines(runs, lambda r: r.data_wait_seconds / max(r.seconds, 1e-9), percent=True)
                 ),
-                Chart("Memory of a rank, GiB", _lines(runs, lambda r: r.memory_bytes / 2**30, smooth=False)),
+                Chart("Memory of a rank, GiB", _lines(runs, lambda r: r.memory_bytes / 2**30, smooth=False, from_zero=True)),
             ),
         ),
     ]
@@ -117,6 +117,7 @@ def _lines(
     *,
     percent: bool = False,
     smooth: bool = True,
+    from_zero: bool = False,
 ) -> go.Figure:
     figure = go.Figure()
     for number, (name, reports) in enumerate(runs.items()):
@@ -140,7 +141,7 @@ def _lines(
         font={"family": "system-ui, sans-serif", "size": 12},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        xaxis={"title": {"text": "step", "standoff": 4}, "fixedrange": False},
-        yaxis={"tickformat": ".0%" if percent else None, "automargin": True},
+        xaxis={"title": {"text": "step", "standoff": 4}},
+        yaxis={"tickformat": ".0%" if percent else None, "rangemode": "tozero" if percent or from_zero else "normal", "automargin": True},
     )
     return figure

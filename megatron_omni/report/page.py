@@ -20,7 +20,7 @@ from megatron_omni.runtime.files import atomic_write
 from megatron_omni.runtime.run_directory import RunDirectory
 from megatron_omni.schema import StepReport
 
-CODEC_COLUMNS = {"loss": "loss", "entropy": "entropy", "accuracy": "accuracy", "loss_swapped_text": "loss, texts exchanged"}
+CODEC_COLUMNS = {"loss": "loss", "entropy": "entropy", "accuracy": "accuracy", "loss_swapped_text": "texts swapped"}
 SCORE_COLUMNS = {"samples": "samples", "wer": "WER", "cer": "CER", "exact_match": "exact match"}
 
 
@@ -166,7 +166,13 @@ def _evaluation(path: Path) -> tuple[list[Table], list[Card]]:
     if codec := data.get("codec"):
         columns = [key for key in CODEC_COLUMNS if codec.get(key)]
         rows = tuple((str(k), *(_score(codec[key][k], key) for key in columns)) for k in range(len(codec["loss"])))
-        tables.append(Table("Held-out codec loss, nats", ("codebook", *(CODEC_COLUMNS[key] for key in columns)), rows))
+        tables.append(
+            Table(
+                "Held-out codec loss, nats; with the texts of the samples swapped it must rise",
+                ("codebook", *(CODEC_COLUMNS[key] for key in columns)),
+                rows,
+            )
+        )
     return tables, [Card(sample, tuple(_players(sample, path))) for sample in samples]
 
 
