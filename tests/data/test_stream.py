@@ -1,0 +1,179 @@
+"""The stream: the same global rows whatever the ranks, workers and stops; nothing lost, nothing repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_omni.audio.features import LogMel
+from megatron_omni.audio.geometry import EncoderGeometry
+from megatron_omni.data.demands import Demands, measure
+from megatron_omni.data.render import demand, render
+from megatron_omni.data.stream import RowPacker, RowStream, StepRows, StreamState, evaluation_batches
+from megatron_omni.data.tokenizer import OmniTokenizer
+from megatron_omni.runtime.errors import InputError
+from megatron_omni.schema import Batch, RowShape
+
+SHAPE = RowShape(seq=160, codec=96, encoder=320, spoken=64, supervised=128)
+WINDOW_ROWS = 4
+V, GLOBAL_ROWS = 4, 8
+
+Keys = dict[int, tuple[str, ...]]
+"""Sample ids by global row number."""
+
+
+@pytest.fixture(scope="module")
+def packer(memory_samples, tokenizer: OmniTokenizer, geometry: EncoderGeometry, log_mel: LogMel) -> RowPacker:
+    samples = memory_samples(90)
+    return RowPacker(samples, tokenizer, geometry, log_mel, samples.codec, SHAPE, acoustic_delay=1)
+
+
+@pytest.fixture(scope="module")
+def demands(packer: RowPacker, tmp_path_factory: pytest.TempPathFactory) -> Demands:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return measure(packer.samples, packer.tokenizer, packer.geometry, packer.acoustic_delay)
+
+
+def with_tp(packer: RowPacker, demands: Demands, tp: int) -> RowPacker:
+    parts = (packer.samples, packer.tokenizer, packer.geometry, packer.log_mel, packer.codec, packer.shape, packer.acoustic_delay)
+    return RowPacker(*parts, tp, demands.longest_clip)
+
+
+def stream(packer: RowPacker, demands: Demands, rank: int = 0, size: int = 1, workers: int = 0, **changes) -> RowStream:
+    options = dict(seed=0, virtual_streams=V, micro_rows=GLOBAL_ROWS // size // 2, micro_batches=2, window_rows=WINDOW_ROWS)
+    return RowStream(packer, demands, dp_rank=rank, dp_size=size, num_workers=workers, **{**options, **changes})
+
+
+def run(
+    packer: RowPacker, demands: Demands, size: int, workers: int, tp: int, steps: int, state: StreamState | None
+) -> tuple[Keys, StreamState]:
+    """All ranks of a world, in this process: the rows they see, and the merged state after ``steps`` steps."""
+    keys: Keys = {}
+    states = []
+    for rank in range(size):
+        own = stream(with_tp(packer, demands, tp), demands, rank, size, workers, state=state)
+        step: StepRows | None = None
+        for step in itertools.islice(own, steps):
+            rows = [row for packed in step.micro_batches for row in packed.keys]
+            assert len(rows) == GLOBAL_ROWS // size
+            assert not keys.keys() & set(step.row_numbers)
+            keys |= dict(zip(step.row_numbers, rows, strict=True))
+        assert step is not None
+        states.append(step.state)
+    merged = StreamState.merge(states)
+    return keys, StreamState.from_json(json.loads(json.dumps(merged.to_json())))
+
+
+@pytest.fixture(scope="module")
+def reference(packer: RowPacker, demands: Demands) -> Keys:
+    return run(packer, demands, 1, 0, 1, 12, None)[0]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_order_and_resume_on_another_world(size: int, workers: int, tp: int, packer: RowPacker, demands: Demands, reference: Keys) -> None:
+    random = np.random.default_rng(size * 100 + workers * 10 + tp)
+    stop = int(random.integers(1, 9))
+    before, state = run(packer, demands, size, workers, tp, stop, None)
+    assert state.row == stop * GLOBAL_ROWS
+    other = [1, 2, 4][int(random.integers(3))]
+    after, _ = run(packer, demands, other, 2 - workers, 3 - tp, 3, state)
+    assert before == {number: reference[number] for number in range(stop * GLOBAL_ROWS)}
+    assert after == {number: reference[number] for number in range(stop * GLOBAL_ROWS, (stop + 3) * GLOBAL_ROWS)}
+
+
+def test_an_epoch_has_every_sample_once(packer: RowPacker, demands: Demands) -> None:
+    one = stream(packer, demands, virtual_streams=1, micro_rows=1, micro_batches=1)
+    windows = one.plan.windows_per_epoch
+    assert windows > 2
+    rows = sum(len(one.plan.window(window)) for window in range(windows))
+    seen = Counter(key for step in itertools.islice(one, rows) for packed in step.micro_batches for row in packed.keys for key in row)
+    assert seen == Counter(f"s{number}" for number in range(90))
+
+
+def test_streams_walk_their_windows_without_loss_or_repetition(packer: RowPacker, demands: Demands) -> None:
+    """Whatever the step: what the streams have passed are exactly the rows of whole windows and of the begun ones."""
+    own = stream(packer, demands)
+    seen: Counter[str] = Counter()
+    for step in itertools.islice(own, 15):
+        seen.update(key for packed in step.micro_batches for row in packed.keys for key in row)
+        passed: Counter[str] = Counter()
+        for number, (window, row) in step.state.positions.items():
+            for earlier in range(number, window, V):
+                passed.update(f"s{sample}" for sample in np.concatenate(own.plan.window(earlier)))
+            passed.update(f"s{sample}" for begun in own.plan.window(window)[:row] for sample in begun)
+        assert seen == passed
+
+
+def test_batches_are_equal_with_and_without_workers(packer: RowPacker, demands: Demands) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    for alone, helped in itertools.islice(zip(stream(packer, demands), stream(packer, demands, workers=2), strict=True), 3):
+        assert alone.state == helped.state
+        assert alone.fill == helped.fill
+        for left, right in zip(alone.micro_batches, helped.micro_batches, strict=True):
+            for field in dataclasses.fields(Batch):
+                assert torch.equal(getattr(left.batch, field.name), getattr(right.batch, field.name)), field.name
+    assert torch.equal(torch.rand(1), expected)  # the stream leaves the global generator alone
+
+
+def test_the_state_is_small_and_says_what_differs(packer: RowPacker, demands: Demands) -> None:
+    own = stream(packer, demands)
+    state = next(iter(own)).state
+    with pytest.raises(InputError, match=r"recorded data position .*seed: 0 there, 1 now"):
+        stream(packer, demands, seed=1, state=state)
+    with pytest.raises(InputError, match=r"data\.virtual_streams=4"):
+        stream(packer, demands, virtual_streams=8, state=state)
+    part = next(iter(stream(packer, demands, 0, 2))).state
+    with pytest.raises(InputError, match=r"lacks the streams \[1, 3\]: merge"):
+        stream(packer, demands, 1, 2, state=part)
+    with pytest.raises(InputError, match="different steps"):
+        StreamState.merge([state, dataclasses.replace(state, row=99)])
+    large = StreamState.start(packer.fingerprint(0), 64)
+    assert len(json.dumps(large.to_json())) < 4096
+
+
+def test_refusals(packer: RowPacker, demands: Demands, memory_samples) -> None:
+    with pytest.raises(InputError, match=r"size of 3 does not divide data\.virtual_streams=4; choose one of \[1, 2, 4\]"):
+        stream(packer, demands, size=3)
+    tiny = with_tp(packer, demands, 1)
+    tiny.shape = dataclasses.replace(SHAPE, codec=8)
+    with pytest.raises(InputError, match=r"do not fit into a row.*s\d+ \(codec \d+\)"):
+        stream(tiny, demands)
+    nothing = with_tp(packer, demands, 1)
+    nothing.samples = memory_samples(0)
+    with pytest.raises(InputError, match="hold no samples"):
+        stream(nothing, Demands(demands.table[:0], 0))
+
+
+def test_measuring_is_cached_by_what_it_depends_on(packer: RowPacker, monkeypatch: pytest.MonkeyPatch, tmp_path, memory_samples) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = memory_samples(5)
+    first = measure(small, packer.tokenizer, packer.geometry, 1)
+    sample = small.sample(3)
+    expected = demand(sample, render(sample, packer.tokenizer, packer.geometry), packer.geometry, 1)
+    assert first.table[3].tolist() == list(dataclasses.astuple(expected))
+    monkeypatch.setattr(type(small), "sample", None)  # from here on only the cache can answer
+    again = measure(small, packer.tokenizer, packer.geometry, 1)
+    assert again.table.tolist() == first.table.tolist()
+    assert again.longest_clip == first.longest_clip
+    with pytest.raises(TypeError):
+        measure(small, packer.tokenizer, packer.geometry, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_evaluation_sees_each_sample_once_in_equal_numbers_of_batches(size: int, packer: RowPacker, demands: Demands) -> None:
+    ranks = [list(evaluation_batches(packer, demands, dp_rank=rank, dp_size=size, micro_rows=2)) for rank in range(size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = Counter(key for batches in ranks for packed in batches for row in packed.keys for key in row)
+    assert seen == Counter(f"s{number}" for number in range(90))
+    assert len({packed.batch.tokens_BT.shape for batches in ranks for packed in batches}) == 1
