@@ -21,6 +21,8 @@ from megatron_omni.runtime.run_directory import RunDirectory
 from megatron_omni.schema import StepReport
 
 CODEC_COLUMNS = {"loss": "loss", "entropy": "entropy", "accuracy": "accuracy", "loss_swapped_text": "texts swapped"}
+MAX_WRONG = 40
+"""Wrong answers that the page lists."""
 SCORE_COLUMNS = {"samples": "samples", "wer": "WER", "cer": "CER", "exact_match": "exact match"}
 
 
@@ -31,7 +33,7 @@ class Heard(BaseModel):
 
     id: str
     task: str
-    reference: str = ""
+    reference: str | None = ""
     hypothesis: str = ""
     input_wav: Path | None = None
     target_wav: Path | None = None
@@ -50,6 +52,8 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    numbers: bool = True
+    """All columns but the first hold numbers."""
 
 
 @dataclass(frozen=True)
@@ -161,19 +165,34 @@ def _evaluation(path: Path) -> tuple[list[Table], list[Card]]:
     tables = []
     tasks = {name: scores for name, scores in data.items() if isinstance(scores, dict) and "exact_match" in scores}
     if tasks:
-        rows = tuple((name, *(_score(scores.get(key), key) for key in SCORE_COLUMNS)) for name, scores in tasks.items())
-        tables.append(Table("Held-out scores", ("task", *SCORE_COLUMNS.values()), rows))
+        tables.append(Table("Held-out scores", ("task", *SCORE_COLUMNS.values()), tuple(_score_rows(tasks))))
     if codec := data.get("codec"):
         columns = [key for key in CODEC_COLUMNS if codec.get(key)]
         rows = tuple((str(k), *(_score(codec[key][k], key) for key in columns)) for k in range(len(codec["loss"])))
+        title = "Held-out codec loss, nats; with the texts of the samples swapped it must rise"
+        tables.append(Table(title, ("codebook", *(CODEC_COLUMNS[key] for key in columns)), rows))
+    wrong = [one for one in samples if one.reference and one.reference.casefold().strip() != one.hypothesis.casefold().strip()]
+    if wrong:
+        rows = tuple((one.id, one.task, one.reference or "", one.hypothesis) for one in wrong[:MAX_WRONG])
+        shown = f"; the first {MAX_WRONG}" if len(wrong) > MAX_WRONG else ""
         tables.append(
             Table(
-                "Held-out codec loss, nats; with the texts of the samples swapped it must rise",
-                ("codebook", *(CODEC_COLUMNS[key] for key in columns)),
+                f"Answers that differ from the reference: {len(wrong):,} of {len(samples):,}{shown}",
+                ("id", "task", "reference", "generated"),
                 rows,
             )
         )
-    return tables, [Card(sample, tuple(_players(sample, path))) for sample in samples]
+    audible = [one for one in samples if one.input_wav or one.target_wav or one.generated_wav]
+    return tables, [Card(one, tuple(_players(one, path))) for one in audible]
+
+
+def _score_rows(tasks: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row per task, and below it one per value of each attribute that was scored apart."""
+    for task, scores in tasks.items():
+        yield (task, *(_score(scores.get(key), key) for key in SCORE_COLUMNS))
+        for attribute, values in scores.get("by", {}).items():
+            for value, part in values.items():
+                yield (f"{task}, {attribute} {value}", *(_score(part.get(key), key) for key in SCORE_COLUMNS))
 
 
 def _score(value: Any, key: str) -> str:

@@ -47,9 +47,9 @@ def make_evaluation(folder: Path, **changes: object) -> Path:
     soundfile.write(folder / "heard.wav", np.zeros(1600), 16000)
     sample = {"id": "a", "task": "answer", "reference": "<b>three</b> & five", "hypothesis": "three five", "input_wav": "heard.wav"}
     data = {
-        "transcribe": {"wer": 0.051, "cer": 0.02, "exact_match": 0.8, "samples": 1000},
+        "transcribe": {"wer": 0.051, "cer": 0.02, "exact_match": 0.8, "samples": 1000, "by": {"kind": {"digits": {"wer": 0.042}}}},
         "codec": {"loss": [2.9, 4.0], "entropy": [5.36, 5.0], "accuracy": [0.3, 0.1], "loss_swapped_text": [4.14, 4.2]},
-        "samples": [sample | changes],
+        "samples": [sample | changes, {"id": "quiet", "task": "answer", "reference": "Seven", "hypothesis": "seven"}],
     }
     (folder / "eval.json").write_bytes(orjson.dumps(data))
     return folder / "eval.json"
@@ -61,7 +61,7 @@ def test_page_holds_everything(tmp_path):
     assert summary.steps == 50
     assert summary.samples == 1
     body = page.split("</script>", 1)[1]  # after plotly itself
-    for text in ("Codebook 7", "5.1%", "4.140", "Fill: encoder", "data:audio/", "config.yaml"):
+    for text in ("Codebook 7", "5.1%", "transcribe, kind digits", "4.2%", "1 of 2", "4.140", "Fill: encoder", "data:audio/", "config.yaml"):
         assert text in body, text
     assert "src=&#34;" not in body
     assert "http://" not in body

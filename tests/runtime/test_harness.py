@@ -53,7 +53,7 @@ def test_a_failing_rank_is_named():
 
 def test_a_timeout_kills_the_whole_tree(tmp_path):
     with pytest.raises(TimeoutError, match=r"ranks \[0\] of 1"):
-        run_ranks(sleep_with_child, 1, str(tmp_path / "pid"), timeout=15)
+        run_ranks(sleep_with_child, 1, str(tmp_path / "pid"), timeout=8)
     deadline = time.monotonic() + 5
     while alive(int((tmp_path / "pid").read_text())) and time.monotonic() < deadline:
         time.sleep(0.05)
