@@ -19,6 +19,12 @@ def fsync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Makes everything under ``folder`` survive a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync_directory(path)
+
+
 @contextmanager
 def atomic_open(path: Path, mode: str = "wb") -> Iterator[IO]:  # type: ignore[type-arg]
     """Opens a temporary file beside ``path``; on a clean exit it is synced and renamed to ``path``.
