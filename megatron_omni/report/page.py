@@ -175,13 +175,8 @@ def _evaluation(path: Path) -> tuple[list[Table], list[Card]]:
     if wrong:
         rows = tuple((one.id, one.task, one.reference or "", one.hypothesis) for one in wrong[:MAX_WRONG])
         shown = f"; the first {MAX_WRONG}" if len(wrong) > MAX_WRONG else ""
-        tables.append(
-            Table(
-                f"Answers that differ from the reference: {len(wrong):,} of {len(samples):,}{shown}",
-                ("id", "task", "reference", "generated"),
-                rows,
-            )
-        )
+        title = f"Answers that differ from the reference: {len(wrong):,} of {len(samples):,}{shown}"
+        tables.append(Table(title, ("id", "task", "reference", "generated"), rows, numbers=False))
     audible = [one for one in samples if one.input_wav or one.target_wav or one.generated_wav]
     return tables, [Card(one, tuple(_players(one, path))) for one in audible]
 
