@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -177,3 +180,17 @@ def test_evaluation_sees_each_sample_once_in_equal_numbers_of_batches(size: int,
     seen = Counter(key for batches in ranks for packed in batches for row in packed.keys for key in row)
     assert seen == Counter(f"s{number}" for number in range(90))
     assert len({packed.batch.tokens_BT.shape for batches in ranks for packed in batches}) == 1
+
+
+def test_workers_outlive_the_signals_of_a_shutdown_but_not_their_stream(packer: RowPacker, demands: Demands) -> None:
+    steps = iter(stream(packer, demands, workers=1))
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    expected = itertools.islice(stream(packer, demands), 1, 8)
+    assert [step.row_numbers for step in itertools.islice(steps, 7)] == [step.row_numbers for step in expected]
+    assert worker.is_alive()
+    steps.close()
+    worker.join(10)
+    assert not worker.is_alive()

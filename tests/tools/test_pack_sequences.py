@@ -1,0 +1,74 @@
+"""The tool as a user runs it: on shards made from a folder of recordings, with a tokenizer that was prepared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from megatron_omni.audio.geometry import EncoderGeometry
+from megatron_omni.data.builder import build_shards
+from megatron_omni.data.demands import measure, plan_fingerprint
+from megatron_omni.data.plan import EpochPlan, RowPlan
+from megatron_omni.data.shards import ShardedDataset
+from megatron_omni.data.tokenizer import OmniTokenizer, prepare_tokenizer
+from megatron_omni.demo.train_tokenizer import train_bpe
+from megatron_omni.schema import RowShape
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["one", "two", "three", "four", "five"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``shards`` of 30 short clips and ``tokenizer``."""
+    folder = tmp_path_factory.mktemp("pack")
+    random = np.random.default_rng(0)
+    with open(folder / "manifest.jsonl", "w") as manifest:
+        for number in range(30):
+            wave = 0.1 * random.standard_normal(int(random.integers(2000, 12000)))
+            soundfile.write(folder / f"{number}.wav", wave, 16000)
+            text = " ".join(random.choice(WORDS, random.integers(1, 5)))
+            manifest.write(json.dumps({"id": f"utt{number}", "audio": f"{number}.wav", "text": text, "task": "transcribe"}) + "\n")
+    build_shards(folder / "manifest.jsonl", folder / "shards", None, samples_per_shard=10, workers=0)
+    train_bpe([" ".join(WORDS)], folder / "base", 700)
+    prepare_tokenizer(folder / "base", folder / "tokenizer")
+    return folder
+
+
+def pack(made: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    given = ["--shards", str(made / "shards"), "--tokenizer", str(made / "tokenizer"), "--out", str(out), *options]
+    return subprocess.run([sys.executable, "tools/pack_sequences.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_writes_the_plan_that_the_stream_computes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = pack(
+        made, tmp_path / "plan", "--seq-len", "96", "--codec-len", "8", "--encoder-len", "320", "--epoch", "2", "--seed", "7", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    shape = RowShape(seq=96, codec=8, encoder=320, spoken=96, supervised=128)
+    data, tokenizer = ShardedDataset.open([made / "shards"]), OmniTokenizer.load(made / "tokenizer")
+    geometry = EncoderGeometry(160, (1, 2), 4)
+    plan = EpochPlan.load(tmp_path / "plan", plan_fingerprint(data, tokenizer, geometry, shape, 0, seed=7))
+    table = measure(data, tokenizer, geometry, 0).table
+    lazy = RowPlan(table, shape, seed=7).window(2)
+    assert [row.tolist() for row in plan.window(0)] == [row.tolist() for row in lazy]
+    assert summary["samples"] == 30
+    assert summary["rows"] == len(lazy)
+    assert summary["fill"]["tokens"] == pytest.approx(table[:, 0].sum() / (96 * len(lazy)))
+    assert summary["fill"]["binding"] == max(summary["fill"][name] for name in ("tokens", "codec", "encoder"))
+
+
+def test_a_sample_that_fits_no_row_is_named(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = pack(made, tmp_path / "plan", "--seq-len", "96", "--codec-len", "8", "--encoder-len", "16")
+    assert done.returncode == 2
+    assert "utt" in done.stderr and "encoder" in done.stderr and "enlarge the row" in done.stderr
+    assert not (tmp_path / "plan").exists()
