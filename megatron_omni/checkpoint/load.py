@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -98,11 +98,14 @@ class Checkpoint:
         raise WorkError(f"{self.path}: has no tensor {name}")
 
 
-def open_checkpoint(path: Path, comm: Comm | None = None, fill: Sequence[LocalSlice] = (), strict: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path, comm: Comm | None = None, fill: Sequence[LocalSlice] = (), names: Collection[str] | None = None
+) -> Checkpoint:
     """Opens ``path``, a checkpoint or a run directory, and reads this rank's slices ``fill`` from it.
 
     Of a run the newest checkpoint is taken that every rank can open and read; damaged ones are passed over with a
-    warning. All ranks call this together and get the same one. ``strict``: every stored tensor must be wanted.
+    warning. All ranks call this together and get the same one. ``names``: what the stored tensors must be called, all
+    of them and no others.
     Raises ``InputError`` if there is no checkpoint, ``WorkError`` if none is good.
     """
     comm = comm or Alone()
@@ -114,8 +117,8 @@ def open_checkpoint(path: Path, comm: Comm | None = None, fill: Sequence[LocalSl
         checkpoint, failure = None, None
         try:
             checkpoint = Checkpoint(candidate, check_sizes=comm.rank == 0)
-            if strict:
-                _match(checkpoint, fill)
+            if names is not None:
+                _match(checkpoint, set(names))
             checkpoint.read(fill)
         except Exception as error:  # the others must hear of it, whatever it was
             failure = f"rank {comm.rank}: {error if isinstance(error, WorkError) else repr(error)}"
@@ -137,9 +140,7 @@ def candidates(path: Path) -> list[Path]:
     return [path] if is_checkpoint else checkpoints(path)
 
 
-def _match(checkpoint: Checkpoint, fill: Sequence[LocalSlice]) -> None:
-    """The stored and the wanted tensors have the same names."""
-    wanted = {piece.name for piece in fill}
+def _match(checkpoint: Checkpoint, wanted: set[str]) -> None:
     stored = set(checkpoint.names())
     if wanted != stored:
         missing, extra = sorted(wanted - stored), sorted(stored - wanted)

@@ -12,8 +12,9 @@ import torch
 from megatron_omni.parallel.layout import TensorLayout
 from megatron_omni.runtime.errors import WorkError
 
-Kind = Literal["param", "exp_avg", "exp_avg_sq"]
+Kind = Literal["param", "exp_avg", "exp_avg_sq", "grad"]
 KINDS: tuple[Kind, ...] = ("param", "exp_avg", "exp_avg_sq")
+"""What is stored; gradients never are."""
 
 
 @dataclass(frozen=True)

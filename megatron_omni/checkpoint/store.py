@@ -168,8 +168,8 @@ class Claim:
 
     @classmethod
     def of(cls, piece: LocalSlice) -> Claim:
-        if piece.tensor.dtype not in NAMES or piece.tensor.dim() != 1:
-            raise WorkError(f"{piece.name}: cannot save a slice of {piece.tensor.dtype} with {piece.tensor.dim()} dimensions; flatten it")
+        if piece.tensor.dtype not in NAMES or piece.tensor.dim() != 1 or piece.kind not in KINDS:
+            raise WorkError(f"{piece.name} ({piece.kind}): cannot save {piece.tensor.dtype} with {piece.tensor.dim()} dimensions")
         return cls(piece.name, piece.kind, piece.layout, piece.start, piece.length, NAMES[piece.tensor.dtype])
 
     @property

@@ -16,7 +16,7 @@ from megatron_omni.checkpoint.slices import LocalSlice
 from megatron_omni.parallel.layout import TensorLayout
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.runtime.seeds import rng
-from tests.checkpoint.synthetic import TENSORS, frozen_slices, logical, on_ranks, slices, state
+from tests.checkpoint.synthetic import FROZEN, TENSORS, frozen_slices, logical, on_ranks, slices, state
 
 
 @pytest.fixture
@@ -120,9 +120,9 @@ def test_names_and_shapes_are_strict(run: Path) -> None:
         checkpoint.read([LocalSlice("norm.weight", "param", TensorLayout((8,)), 0, torch.empty(8))])
     with pytest.raises(WorkError, match=r"encoder.weight \(exp_avg\)"):
         checkpoint.read_full("encoder.weight", "exp_avg")
-    open_checkpoint(run, fill=everything(), strict=True)
-    with pytest.raises(WorkError, match=r"1 unknown \['encoder.weight'\]"):
-        open_checkpoint(run, fill=slices(0, 1, 1, 3, None), strict=True)
+    open_checkpoint(run, names=[*TENSORS, FROZEN[0]])
+    with pytest.raises(WorkError, match=r"1 missing \['head'\], 1 unknown \['encoder.weight'\]"):
+        open_checkpoint(run, names=[*TENSORS, "head"])
 
 
 def test_not_a_number_is_refused(tmp_path: Path) -> None:
