@@ -27,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from megatron_omni.runtime.errors import OmniError
+from megatron_omni.runtime.world import World
 
 Item = TypeVar("Item")
 
@@ -64,7 +65,9 @@ def _framed(function: Callable[..., Any]) -> Callable[..., None]:
         try:
             summary = function(*args, **named)
         except OmniError as error:
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            world = World.from_environment()
+            where = f"error (rank {world.rank})" if world.size > 1 else "error"
+            Console(stderr=True).print(f"{where}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
         data = {} if summary is None else to_dict(summary)
         if as_json:
