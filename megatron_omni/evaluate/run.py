@@ -99,13 +99,8 @@ def evaluate(
     Raises:
         InputError: no such model or data set, one made with another codec, or nothing to score.
     """
-    try:
-        model = OmniForConditionalGeneration.from_pretrained(model_dir).to(device).eval()
-        processor = OmniProcessor.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model {model_dir} cannot be loaded: {error}; give a folder that tools/convert_checkpoint.py to-hf wrote"
-        ) from error
+    model = OmniForConditionalGeneration.from_pretrained(model_dir).to(device).eval()
+    processor = OmniProcessor.from_pretrained(model_dir)
     tokenizer = OmniTokenizer.load(model_dir)
     dataset = ShardedDataset.open(list(shards))
     samples = Selection(dataset, spread(range(len(dataset)), max_samples))
