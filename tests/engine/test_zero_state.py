@@ -49,7 +49,7 @@ class Toy(nn.Module):
         super().__init__()
         self.tp = tp
         self.embed = Linear(5, 6)
-        self.gate_up = ColumnParallelLinear(6, [6, 6], tp, bias=True)
+        self.gate_up = ColumnParallelLinear(6, [6, 6], tp)
         self.down = RowParallelLinear(6, 6, tp, bias=True)
         self.by_rows = Linear(6, 7, bias=True)
         split_by_rows(self.by_rows)
