@@ -77,7 +77,9 @@ class Attention(nn.Module):
         self.head_dim = config.width_of_head
         self.causal = config.causal
         wide, narrow = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
-        self.qkv = ColumnParallelLinear(config.hidden_size, (wide, narrow, narrow), tp, config.bias)
+        # without rotation a key's bias shifts all scores of a query alike, so the softmax does not see it; Whisper has none
+        biased = (config.bias, config.bias and config.positions == "rope", config.bias)
+        self.qkv = ColumnParallelLinear(config.hidden_size, (wide, narrow, narrow), tp, biased)
         self.output = RowParallelLinear(wide, config.hidden_size, tp, config.bias)
 
     def forward(
@@ -108,7 +110,8 @@ class Mlp(nn.Module):
         super().__init__()
         width = config.intermediate_size
         self.gated = config.mlp == "swiglu"
-        self.up = ColumnParallelLinear(config.hidden_size, (width, width) if self.gated else (width,), tp, config.bias)
+        parts = (width, width) if self.gated else (width,)
+        self.up = ColumnParallelLinear(config.hidden_size, parts, tp, [config.bias] * len(parts))
         self.down = RowParallelLinear(width, config.hidden_size, tp, config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

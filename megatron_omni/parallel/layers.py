@@ -51,23 +51,34 @@ class Linear(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """Cuts the outputs: ``[..., in] -> [..., out / tp]``. ``parts`` are the fused outputs (q|k|v, gate|up)."""
+    """Cuts the outputs: ``[..., in] -> [..., out / tp]``. ``parts`` are the fused outputs (q|k|v, gate|up).
 
-    def __init__(self, in_features: int, parts: Sequence[int], tp: TensorParallel, bias: bool = False) -> None:
+    ``biased`` says for each part whether it has a bias; the ``bias`` parameter holds those that do, one after another.
+    """
+
+    def __init__(self, in_features: int, parts: Sequence[int], tp: TensorParallel, biased: Sequence[bool] = ()) -> None:
         super().__init__()
         self.tp = tp
         self.parts = [part // tp.size for part in parts]
-        out = sum(parts)
+        self.biased = list(biased) or [False] * len(parts)
+        self.weight = new_parameter(self._cut(parts, in_features))
+        with_bias = [part for part, has in zip(parts, self.biased, strict=True) if has]
+        self.bias = new_parameter(self._cut(with_bias)) if with_bias else None
 
-        def cut(*shape: int) -> TensorLayout:
-            return TensorLayout(shape) if tp.size == 1 else TensorLayout.sharded(shape, 0, parts, tp.rank, tp.size)
-
-        self.weight = new_parameter(cut(out, in_features))
-        self.bias = new_parameter(cut(out)) if bias else None
+    def _cut(self, parts: Sequence[int], *inner: int) -> TensorLayout:
+        shape = (sum(parts), *inner)
+        return TensorLayout(shape) if self.tp.size == 1 else TensorLayout.sharded(shape, 0, parts, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One tensor per part."""
-        return F.linear(copy_to_ranks(x, self.tp), self.weight, self.bias).split(self.parts, -1)
+        x = copy_to_ranks(x, self.tp)
+        if self.bias is None:
+            return F.linear(x, self.weight).split(self.parts, -1)
+        if all(self.biased):
+            return F.linear(x, self.weight, self.bias).split(self.parts, -1)
+        outputs = F.linear(x, self.weight).split(self.parts, -1)
+        biases = iter(self.bias.split([part for part, has in zip(self.parts, self.biased, strict=True) if has]))
+        return tuple(y + next(biases) if has else y for y, has in zip(outputs, self.biased, strict=True))
 
 
 class RowParallelLinear(nn.Module):
