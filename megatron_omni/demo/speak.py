@@ -53,7 +53,7 @@ DEV_VOICES = _voices("en-us+m2 en+shelby en-us-nyc+paul en-us+sandro", first=40)
 HELDOUT_VOICES = _voices("en-us+f3 en-us+john en+steph en-us-nyc+travis en-gb-x-rp+Andy", first=50)
 """Variants that no other split has."""
 
-ASSISTANT = Voice("en-us", "Denis", rate=165, pitch=50, melody=0)
+ASSISTANT = Voice("en-us", "Denis", rate=200, pitch=50, melody=0)
 """One note (87.5 Hz, seven periods a codec frame) without flutter: the same words always sound the same."""
 
 PROMPT = "Transcribe:"
