@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -44,11 +45,14 @@ class Mimi:
         """Frames a second."""
         self.samples_per_frame: int = round(self.sample_rate / self.frame_rate)
         self.device = torch.device(device)
-        self.weights_hash = _weights_hash(model)
-        """sha256, hex."""
         module: torch.nn.Module = model
         module.to(self.device).eval().requires_grad_(False)
         self.model = model
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256, hex; computed when it is first asked for (the real Mimi takes about a second)."""
+        return _weights_hash(self.model)
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path, num_codebooks: int | None = None, device: torch.device | str = "cpu") -> Mimi:

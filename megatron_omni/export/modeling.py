@@ -78,7 +78,10 @@ class OmniForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cls, folder_or_id: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         """As of any transformers model, but weights that the files lack, or hold in another shape, are an ``InputError``."""
-        loaded: Any = super().from_pretrained(folder_or_id, *args, output_loading_info=True, **kwargs)
+        try:
+            loaded: Any = super().from_pretrained(folder_or_id, *args, output_loading_info=True, **kwargs)
+        except OSError as error:  # transformers says in it which file is not there
+            raise InputError(f"no exported model at {folder_or_id}: {error}") from error
         model, info = loaded
         faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info[kind]}
         if faults:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, Protocol
 
 import orjson
@@ -29,7 +30,7 @@ from megatron_omni.export.card import model_card
 from megatron_omni.export.configuration import OmniConfig
 from megatron_omni.export.modeling import OmniForConditionalGeneration
 from megatron_omni.export.processing import OmniProcessor
-from megatron_omni.export.verify import Verified, resolved_model, verify
+from megatron_omni.export.verify import Verified, open_weights, resolved_model, verify
 from megatron_omni.export.weights import Rows, llama_weights, omni_weights
 from megatron_omni.model.omni import OmniModel
 from megatron_omni.parallel.topology import TensorParallel
@@ -109,7 +110,7 @@ def _write(folder: Path, name: str, source: Source, model: ModelConfig, mimi: Mi
     def shapes(weights: Mapping[str, Rows]) -> dict[str, torch.Tensor]:
         return {theirs: _meta(source.shape(rows.name), rows, getattr(torch, dtype)) for theirs, rows in weights.items()}
 
-    codec = {f"codec.{key}": tensor.cpu() for key, tensor in mimi.model.state_dict().items()}
+    codec = {f"codec.{key}": tensor for key, tensor in _codec_weights(mimi).items()}
     omni, plain = omni_weights(model.llm, source.names()), llama_weights(model.llm)
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
@@ -163,6 +164,14 @@ def _codec(folder_or_id: str, expected: CodecConfig | None) -> Mimi:
             f"targets ({expected.weights_hash[:12]}...); give the codec that the shards were made with"
         )
     return mimi
+
+
+def _codec_weights(mimi: Mimi) -> dict[str, torch.Tensor]:
+    """Under the names of Mimi's files, which stay; those of its modules change with the version of transformers."""
+    with TemporaryDirectory() as folder:
+        mimi.model.save_pretrained(folder)
+        with open_weights(Path(folder)) as (names, read):
+            return {name: read(name) for name in names}
 
 
 def _tokenizer(state: CheckpointState, folder: Path | None, model: ModelConfig) -> OmniTokenizer:

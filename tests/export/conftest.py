@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +108,6 @@ def trained(codec_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
-def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
+def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("export") / "omni-tiny"
-    yield Exported(folder, to_hf(trained.run, folder, str(trained.codec)))
+    return Exported(folder, to_hf(trained.run, folder, str(trained.codec)))
