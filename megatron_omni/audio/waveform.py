@@ -52,6 +52,8 @@ def read_audio(path: Path | BinaryIO, start: float | None = None, end: float | N
 
 def _cut(name: str, rate: int, total: int, start: float | None, end: float | None) -> tuple[int, int]:
     """First and last + 1 sample of a cut in seconds."""
+    if total == 0:
+        raise InputError(f"{name}: holds no audio at all; record it again, or drop its line")
     duration = total / rate
     start, end = start or 0.0, duration if end is None else end
     if not 0 <= start < end <= duration + END_SLACK:
