@@ -1,0 +1,101 @@
+"""The sidecar index of a tar: where each member of each sample lies, its hash and its length. ``shard-000000.index``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_omni.data.sections import SPAN, TEXT, Strings, open_sections, text_at, to_bytes
+
+MAGIC, VERSION = b"OMNI.IDX", 1
+
+TAR = np.dtype([("bytes", "<u8"), ("sha256", "V32")])
+SAMPLE = np.dtype(
+    [("key", *SPAN), ("task", *SPAN), ("first_member", "<u4"), ("members", "<u4"), ("wave_samples", "<u8"), ("frames", "<u8")]
+)
+MEMBER = np.dtype([("suffix", *SPAN), ("offset", "<u8"), ("bytes", "<u8"), ("xxh3", "<u8"), ("length", "<u8")])
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file in the tar."""
+
+    suffix: str
+    """After the key and a dot: ``json``, ``audio0.flac``, ``codes0.npy``."""
+    offset: int
+    """Of its first byte in the tar."""
+    size: int
+    """Bytes."""
+    xxh3: int
+    length: int
+    """Wave samples at the encoder's rate of an audio, frames of codes, 0 of JSON."""
+
+    @property
+    def name(self) -> str:
+        """As the sample calls it: ``audio0``."""
+        return self.suffix.partition(".")[0]
+
+    @property
+    def kind(self) -> str:
+        """``json``, ``audio`` or ``codes``."""
+        return self.name.rstrip("0123456789")
+
+
+@dataclass(frozen=True)
+class IndexedSample:
+    key: str
+    task: str
+    members: tuple[Member, ...]
+
+    def length(self, kind: str) -> int:
+        """Summed over its members of that kind."""
+        return sum(member.length for member in self.members if member.kind == kind)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """A mapped index; nothing is parsed until it is asked for."""
+
+    tar_bytes: int
+    tar_sha256: str
+    samples: np.ndarray
+    """``SAMPLE`` records; ``["wave_samples"]`` and ``["frames"]`` are sums over the sample's members."""
+    members: np.ndarray
+    """``MEMBER`` records of all samples, in the order of the tar."""
+    text: np.ndarray
+
+    @classmethod
+    def open(cls, path: Path) -> ShardIndex:
+        """Raises ``WorkError`` where the file is missing or damaged."""
+        tar, samples, members, text = open_sections(path, MAGIC, VERSION, (TAR, SAMPLE, MEMBER, TEXT))
+        return cls(int(tar["bytes"][0]), tar["sha256"][0].tobytes().hex(), samples, members, text)
+
+    @staticmethod
+    def to_bytes(samples: list[IndexedSample], tar_bytes: int, tar_sha256: str) -> bytes:
+        strings = Strings()
+        sample_rows: list[tuple[object, ...]] = []
+        member_rows: list[tuple[object, ...]] = []
+        for sample in samples:
+            spans = (strings.span(sample.key), strings.span(sample.task))
+            sample_rows.append((*spans, len(member_rows), len(sample.members), sample.length("audio"), sample.length("codes")))
+            member_rows += [(strings.span(m.suffix), m.offset, m.size, m.xxh3, m.length) for m in sample.members]
+        tar = np.array([(tar_bytes, bytes.fromhex(tar_sha256))], TAR)
+        return to_bytes(MAGIC, VERSION, [tar, np.array(sample_rows, SAMPLE), np.array(member_rows, MEMBER), strings.section()])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> IndexedSample:
+        row = self.samples[number]
+        first, count = int(row["first_member"]), int(row["members"])
+        members = tuple(
+            Member(text_at(self.text, m["suffix"]), int(m["offset"]), int(m["bytes"]), int(m["xxh3"]), int(m["length"]))
+            for m in self.members[first : first + count]
+        )
+        return IndexedSample(text_at(self.text, row["key"]), text_at(self.text, row["task"]), members)
+
+    def __iter__(self) -> Iterator[IndexedSample]:
+        return (self[number] for number in range(len(self)))
