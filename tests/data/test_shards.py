@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from megatron_omni.audio.waveform import read_audio, read_flac, resample
 from megatron_omni.data.builder import build_shards
 from megatron_omni.data.manifest import Manifest
 from megatron_omni.data.shard_writer import ShardWriter
-from megatron_omni.data.shards import AUDIO_RATE, ShardedDataset
+from megatron_omni.data.shards import AUDIO_RATE, ShardedDataset, ShardTable, write_table
 from megatron_omni.data.verify import verify_shards
 from megatron_omni.runtime.errors import InputError, WorkError
+from megatron_omni.runtime.files import sha256_file
 from megatron_omni.schema import Message, Part, Sample
 from tests.data.corpus import CARD, K, copy_of, files_of, flip_bit, make_corpus, save_tiny_mimi, write_manifest, write_wave
 
@@ -112,7 +114,7 @@ def test_several_folders_are_one_data_set_and_travel_by_pickle(built: Path, tmp_
         ShardedDataset.open([built, tmp_path / "other"])
 
 
-def test_a_file_of_the_index_has_no_share_in_opening(built: Path, tmp_path: Path) -> None:
+def test_an_index_is_read_only_when_it_is_needed(built: Path, tmp_path: Path) -> None:
     copy = copy_of(built, tmp_path / "copy")
     (copy / "shard-000002.index").unlink()
     assert ShardedDataset.open([copy]).sample(0).id == "utt-0"
@@ -316,12 +318,31 @@ def test_an_unfinished_or_foreign_folder_is_refused(built: Path, tmp_path: Path)
         ShardedDataset.open([copy])
 
 
-def test_verify_sees_a_code_at_card_a_repeated_key_and_a_stranger(built: Path, tmp_path: Path) -> None:
+def test_verify_sees_what_hashes_cannot(built: Path, tmp_path: Path) -> None:
+    """A builder that went wrong: all hashes agree, the samples do not."""
     copy = copy_of(built, tmp_path / "copy")
-    sample = Sample("utt-0", "answer", "", (Message("assistant", (Part("codes", "codes0"),)),), {}, {"codes0": 7})
+    codes = np.full((K, 7), CARD, np.uint16)
+    bad = [
+        Sample("utt-0", "answer", "", (Message("assistant", (Part("codes", "codes0"),)),), {}, {"codes0": 7}),
+        Sample("long", "answer", "", (Message("assistant", (Part("codes", "codes0"),)),), {}, {"codes0": 8}),
+    ]
     with ShardWriter(copy / "shard-000002.tar") as writer:
-        writer.add(sample, {}, {"codes0": np.full((K, 7), CARD, np.uint16)})
+        for sample in bad:
+            writer.add(sample, {}, {"codes0": codes})
+    table = ShardTable(copy)
+    record = replace(table[2], tar_sha256=writer.tar_sha256, index_sha256=writer.index_sha256, tar_bytes=writer.tar_bytes)
+    (copy / "shards.bin").write_bytes(write_table([table[0], table[1], record]))
+    info = orjson.loads((copy / "dataset.json").read_bytes())
+    (copy / "dataset.json").write_bytes(orjson.dumps(info | {"table_sha256": sha256_file(copy / "shards.bin")}))
     (copy / "extra.tar").write_bytes(b"")
-    faults = "\n".join(verify_shards(copy).faults)
-    assert "shard-000002.tar: sha256 is" in faults and "is the index of another tar" in faults
-    assert "extra.tar: is not in the table" in faults
+    faults = verify_shards(copy).faults
+    for says in (
+        "extra.tar: is not in the table of shards",
+        f"utt-0.codes0.npy at offset 1536: holds the code {CARD}, expected 0..{CARD - 1}",
+        f"is uint16 [{K}, 7], expected uint16 [{K}, 8]",
+        "the key 'utt-0' occurs in",
+    ):
+        assert sum(says in fault for fault in faults) == 1, (says, faults)
+    assert len(faults) == 4
+    with pytest.raises(WorkError, match=f"holds the code {CARD}"):
+        read_all(copy)
