@@ -39,7 +39,7 @@ test-full: $(INSTALLED)  ## the test suite with the whole grids
 check: $(INSTALLED)  ## format, lint, types, import floors
 	ruff format --check .
 	ruff check .
-	mypy --strict megatron_omni
+	mypy megatron_omni
 	lint-imports
 
 format: $(INSTALLED)  ## formats and fixes what ruff can
