@@ -2,8 +2,10 @@
 
 An epoch is a seeded permutation of the samples, cut into windows of at least ``window_rows`` rows' worth of them.
 A window is packed by best-fit-decreasing over all capacities of a row (Panigrahy et al. 2011, "Heuristics for Vector
-Bin Packing"), and its rows are ordered by cost, rising then falling, so that streams which walk through their
-windows in step meet rows of about the same cost. Windows do not know of each other: any rank plans any window alone.
+Bin Packing"), which puts like samples together. Its rows then follow each other by a golden-ratio sequence over the
+ranks of their costs: rows at the same place of two windows cost about the same, so streams that walk in step are
+balanced, while any few rows in a row cover cheap and dear ones alike, so no step trains on one kind of sample only.
+Windows do not know of each other: any rank plans any window alone.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ RESOURCES = tuple(field.name for field in dataclasses.fields(RowShape))
 """The columns of every table of demands: seq, codec, encoder, spoken, supervised."""
 
 WINDOW_ROWS = 512
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+"""Its multiples modulo 1 are spread evenly, however many of them are taken."""
 _NAMED = 20  # how many offenders a message lists
 
 
@@ -108,15 +112,16 @@ def plan_window(demands: np.ndarray, shape: RowShape) -> list[np.ndarray]:
         demands: int [n, 5]; each sample fits into a row (``require_fit``).
 
     Returns:
-        Rows as int64 arrays of sample numbers within the window, in training order: cost rises, then falls.
+        Rows as int64 arrays of sample numbers within the window, in training order.
     """
     load = demands / capacity(shape)
     scarcity = load.sum(0) / max(load.sum(0).max(), 1e-12)
     rows = _best_fit_decreasing(demands, capacity(shape), int(np.argmax(scarcity)), load @ scarcity**2)
     # The row's shape is fixed, so its cost varies with attention: quadratic in LLM, codec decoder and encoder.
     cost_of_sample = (load[:, :3] ** 2).sum(1)
-    ranked = np.argsort([-cost_of_sample[row].sum() for row in rows], kind="stable")[::-1]
-    return [rows[number] for number in (*ranked[::2], *ranked[1::2][::-1])]
+    ranked = np.argsort([cost_of_sample[row].sum() for row in rows], kind="stable")
+    quantile = np.arange(len(rows)) * GOLDEN_RATIO % 1
+    return [rows[number] for number in ranked[quantile.argsort().argsort()]]
 
 
 def _best_fit_decreasing(demands: np.ndarray, limits: np.ndarray, binding: int, size: np.ndarray) -> list[np.ndarray]:

@@ -95,7 +95,7 @@ class Demo:
         recipe = load_recipe(self.recipe)
         row, encoder, shape = recipe.row, recipe.model.encoder, recipe.model.projector
         geometry = ("--conv-strides", ",".join(map(str, encoder.conv_strides)), "--stack", shape.stride)
-        lengths = ("--seq-len", row.seq, "--codec-len", row.codec, "--encoder-len", row.encoder)
+        lengths: tuple[object, ...] = ("--seq-len", row.seq, "--codec-len", row.codec, "--encoder-len", row.encoder)
         lengths += ("--spoken-len", row.spoken, "--supervised-len", row.supervised)
         where = ("--shards", self.root / "shards" / "train", "--tokenizer", self.root / "tokenizer", "--out", self.root / "plan")
         return tool("pack_sequences", *where, *lengths, *geometry)

@@ -79,7 +79,7 @@ class OmniEngine:
             return nullcontext()
         # the mpu alone would have it cut over the whole world
         group = self.groups.get_data_parallel_group()
-        return deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=config, mpu=self.groups)  # type: ignore[no-any-return]
+        return deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=config, mpu=self.groups)
 
     @property
     def model(self) -> OmniModel:

@@ -70,7 +70,7 @@ class Trainer:
             for packed in rows.micro_batches:
                 self._unigram.add(packed.batch)
             # all rows of the global batch: each tensor-parallel group counts its own once
-            self.samples += self._sum(float(sum(len(row) for packed in rows.micro_batches for row in packed.keys)))
+            self.samples += int(self._sum(float(sum(len(row) for packed in rows.micro_batches for row in packed.keys))))
             last = step + 1 == train.steps
             if last or (step + 1) % train.log_every == 0:
                 report = self._report(step, lr, rows, result, time.perf_counter() - started, waited)

@@ -50,7 +50,7 @@ class Toy(nn.Module):
         self.tp = tp
         self.embed = Linear(5, 6)
         self.gate_up = ColumnParallelLinear(6, [6, 6], tp)
-        self.down = RowParallelLinear(6, 6, tp, bias=True)
+        self.down = RowParallelLinear(6, 6, tp, [True, True])
         self.by_rows = Linear(6, 7, bias=True)
         split_by_rows(self.by_rows)
         self.frozen = Linear(7, 3)
