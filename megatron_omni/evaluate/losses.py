@@ -25,8 +25,8 @@ from megatron_omni.export.modeling import OmniForConditionalGeneration
 from megatron_omni.runtime.cli import progress
 from megatron_omni.schema import IGNORE, Batch, RowShape
 
-ROW_POSITIONS = 512
-"""LLM positions of a row, if no sample is longer."""
+ROW_POSITIONS = 256
+"""LLM positions of a row, if no sample is longer: attention on CPU is quadratic in the row, not in the sample."""
 ROWS = 4
 """Of a batch."""
 
@@ -44,7 +44,8 @@ class CodecScores:
     """Of the end of speech, which only codebook 0 predicts; mean over speeches."""
     end_accuracy: float
     loss_swapped_text: tuple[float, ...] | None = None
-    """``loss`` with the codes exchanged among samples of unlike text; None where they cannot be."""
+    """``loss`` with the codes exchanged among samples of unlike text, codes without a text left in place; None where
+    they cannot be exchanged (``samples.exchange_codes``)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,11 @@
-"""Scores an exported model on shards: what it says against what it should say, and how well it predicts the targets."""
+"""Scores an exported model on shards: what it says against what it should say, and how well it predicts the targets.
+
+The report is one JSON object, its waves beside it::
+
+    {"model": ..., "shards": [...], "data": fingerprint, "normalization": ...,
+     "transcribe": TaskScores, "answer": TaskScores, ..., "codec": CodecScores, "seconds": ...,
+     "samples": [Answer, ...]}
+"""
 
 from __future__ import annotations
 
