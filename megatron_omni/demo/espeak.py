@@ -43,8 +43,9 @@ class Voice:
 class Speaker:
     """A private copy of the library: what it says depends on what it said before, and on nothing else in the process.
 
-    eSpeak keeps its slow pitch wobble ("flutter") running from one utterance to the next in static variables, so a
-    shared copy would make a clip depend on who spoke last. In a voice without flutter each clip depends on its text alone.
+    eSpeak keeps its slow pitch wobble ("flutter") running from one utterance to the next in static variables, and seeds it
+    with the time of day, so that in a shared copy a clip would depend on who spoke last. Without flutter, and on one note,
+    a clip depends on its text alone.
     """
 
     def __init__(self) -> None:
@@ -74,7 +75,8 @@ class Speaker:
             raise InputError(f"eSpeak has no language {voice.accent!r}; try en-us, en-gb-scotland, en-029, ...")
         for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.melody)):
             self._library.espeak_SetParameter(parameter, value, 0)
-        self._libc.srand(0)  # the noise of its consonants is drawn with rand()
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of the wobble
+        self._libc.srand(1)  # of the noise in consonants
         self._chunks.clear()
         encoded = text.encode() + b"\0"
         status = self._library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded)), 0, 0, 0, _CHARS_UTF8, None, None)

@@ -58,16 +58,16 @@ def small_mimi() -> MimiConfig:
     )
 
 
-def fit_codec(wave_files: Sequence[Path], out: Path, seed: int = 0) -> Path:
+def fit_codec(wave_files: Sequence[Path], out: Path, seed: int = 0, config: MimiConfig | None = None) -> Path:
     """Writes a small Mimi, fitted to the given recordings, as a Hugging Face folder; returns ``out``.
 
-    A folder that lies there is replaced.
+    A folder that lies there is replaced. ``config`` is the codec's shape, ``small_mimi()`` by default.
 
     Raises:
         InputError: The recordings hold too little sound for codebooks, or one cannot be read.
         WorkError: What was written does not load as the same codec.
     """
-    config = small_mimi()
+    config = config or small_mimi()
     waves = _read(wave_files, config.sampling_rate, seed)
     torch.manual_seed(stable_seed("codec", seed))
     model = MimiModel(config)

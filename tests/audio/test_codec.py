@@ -1,0 +1,133 @@
+"""Mimi: batched codes equal one-by-one codes, frames, hashes, and refusals. The weights are random, the model is transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import MimiConfig, MimiModel, WhisperConfig
+
+from megatron_omni.audio import codec
+from megatron_omni.audio.codec import Mimi
+from megatron_omni.runtime.errors import InputError
+from megatron_omni.runtime.seeds import rng
+
+CONFIG = {
+    "num_filters": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "upsample_groups": 32,
+    "num_quantizers": 6,
+    "codebook_size": 64,
+    "codebook_dim": 16,
+    "vector_quantization_hidden_dimension": 16,
+    "layer_scale_initial_scale": 0.5,  # so that attention, which could reach over padding, matters
+}
+
+
+def random_model(seed: int = 0) -> MimiModel:
+    torch.manual_seed(seed)
+    model = MimiModel(MimiConfig(**CONFIG))
+    for name, buffer in model.named_buffers():
+        if name.endswith("embed_sum"):
+            buffer.normal_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def mimi() -> Mimi:
+    return Mimi(random_model())
+
+
+def waves(*lengths: int) -> list[np.ndarray]:
+    return [(0.1 * rng("wave", n).standard_normal(n)).astype(np.float32) for n in lengths]
+
+
+LENGTHS = (9600, 1, 9593, 7681, 19200, 3000, 9600, 1920, 1921, 8000)
+
+
+def test_batched_equals_one_by_one_in_order(mimi: Mimi) -> None:
+    clips = waves(*LENGTHS)
+    batched = mimi.encode(clips)
+    for clip, codes in zip(clips, batched, strict=True):
+        assert codes.dtype == np.uint16
+        assert codes.shape == (6, mimi.num_frames(len(clip)))
+        assert codes.flags.c_contiguous
+        np.testing.assert_array_equal(codes, mimi.encode([clip])[0])
+
+
+def test_batch_budget_does_not_change_codes(mimi: Mimi, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = waves(*LENGTHS)
+    whole = mimi.encode(clips)
+    monkeypatch.setattr(codec, "BATCH_SECONDS", 0.5)
+    for a, b in zip(whole, mimi.encode(clips), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_padding_to_whole_frames_is_silence(mimi: Mimi) -> None:
+    (clip,) = waves(5000)
+    np.testing.assert_array_equal(mimi.encode([clip])[0], mimi.encode([np.pad(clip, (0, 760))])[0])
+
+
+def test_frames_and_constants_come_from_the_config(mimi: Mimi) -> None:
+    assert (mimi.sample_rate, mimi.frame_rate, mimi.samples_per_frame, mimi.card) == (24000, 12.5, 1920, 64)
+    assert [mimi.num_frames(n) for n in (1, 1920, 1921)] == [1, 1, 2]
+    config = mimi.config()
+    assert (config.num_codebooks, config.card, config.frame_rate, config.weights_hash) == (6, 64, 12.5, mimi.weights_hash)
+
+
+def test_fewer_codebooks_are_the_first_ones(mimi: Mimi) -> None:
+    clips = waves(5000, 9600)
+    for few, all_of_them in zip(Mimi(mimi.model, num_codebooks=3).encode(clips), mimi.encode(clips), strict=True):
+        np.testing.assert_array_equal(few, all_of_them[:3])
+
+
+def test_decode_gives_whole_frames(mimi: Mimi) -> None:
+    wave = mimi.decode(rng("codes").integers(64, size=(6, 7)).astype(np.uint16))
+    assert wave.shape == (7 * 1920,)
+    assert wave.dtype == np.float32
+    assert wave.std() > 0
+
+
+def test_saved_and_loaded_it_is_the_same_codec(mimi: Mimi, tmp_path: Path) -> None:
+    mimi.model.save_pretrained(tmp_path)
+    loaded = Mimi.from_pretrained(tmp_path)
+    assert loaded.weights_hash == mimi.weights_hash
+    np.testing.assert_array_equal(loaded.encode(waves(9600))[0], mimi.encode(waves(9600))[0])
+
+
+def test_hash_follows_any_weight() -> None:
+    model = random_model()
+    before = Mimi(model).weights_hash
+    assert before == Mimi(random_model()).weights_hash
+    with torch.no_grad():
+        next(iter(model.parameters())).view(-1)[0] += 1e-3
+    assert Mimi(model).weights_hash != before
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_codebooks_that_are_not_there_are_refused(count: int) -> None:
+    with pytest.raises(InputError, match=rf"num_codebooks={count}.*1\.\.6"):
+        Mimi(random_model(), num_codebooks=count)
+
+
+def test_clips_and_codes_of_the_wrong_shape_are_refused(mimi: Mimi) -> None:
+    for clip in (np.zeros(0, np.float32), np.zeros((2, 100), np.float32)):
+        with pytest.raises(InputError, match="clip 1"):
+            mimi.encode([np.zeros(100, np.float32), clip])
+    for codes in (np.zeros((7, 3), np.int64), np.zeros((6, 0), np.int64), np.zeros(6, np.int64), np.full((6, 2), 64), np.full((6, 2), -1)):
+        with pytest.raises(InputError, match="codes"):
+            mimi.decode(codes)
+
+
+def test_a_folder_without_mimi_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be loaded"):
+        Mimi.from_pretrained(tmp_path)
+    WhisperConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="'whisper'"):
+        Mimi.from_pretrained(tmp_path)
