@@ -107,18 +107,18 @@ class Demo:
         half = recipe.train.steps // 2 // every * every
         replayed = range(half, half + REPLAYED_STEPS)
         if not (self.run / "checkpoints" / f"step-{half:08d}").exists():
-            self._train_until(self.run, replayed[-1], "batch.micro_rows=4", "parallel.tensor=1")
-        if self._last_step(self.run) >= recipe.train.steps - 1:
+            train_and_kill(self.recipe, self.run, replayed[-1], "batch.micro_rows=4", "parallel.tensor=1")
+        if last_step(self.run) >= recipe.train.steps - 1:
             return self._trained(recipe.train.steps)
         replay = self.root / "replay"
         if not replay.exists():
-            before = self._losses(self.run, replayed)
+            before = exact_losses(self.run, replayed)
             shutil.copytree(self.run, replay, ignore=shutil.ignore_patterns("wandb*"))
             newest = checkpoints(replay)[0].name
             if newest != f"step-{half:08d}":
                 raise WorkError(f"{replay}: expected the checkpoint of step {half} to be the newest, found {newest}; remove runs/demo")
-            self._train_until(replay, replayed[-1], "batch.micro_rows=4", "parallel.tensor=1", "run.wandb.mode=disabled")
-            atomic_write(self.root / "replay.json", orjson.dumps({"before": before, "after": self._losses(replay, replayed)}))
+            train_and_kill(self.recipe, replay, replayed[-1], "batch.micro_rows=4", "parallel.tensor=1", "run.wandb.mode=disabled")
+            atomic_write(self.root / "replay.json", orjson.dumps({"before": before, "after": exact_losses(replay, replayed)}))
         launch(self.recipe, f"run.dir={self.run}", "parallel.tensor=2", f"batch.micro_rows={recipe.batch.global_rows}").check()
         return self._trained(recipe.train.steps)
 
@@ -131,30 +131,6 @@ class Demo:
             "resume_identical": replay["before"] == replay["after"],
             "loss": reports[-1].loss,
         }
-
-    def _train_until(self, run: Path, step: int, *overrides: str) -> None:
-        """Trains until ``step`` is logged, then SIGKILLs launcher and ranks."""
-        logged = self._last_step(run)
-        launched = launch(self.recipe, f"run.dir={run}", *overrides)
-        metrics = RunDirectory(run).metrics
-        changed = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        while launched.running:
-            time.sleep(0.2)
-            # the file of a resumed run holds the old rows until the first new one
-            if metrics.exists() and metrics.stat().st_mtime_ns != changed and (logged := self._last_step(run)) >= step:
-                launched.kill()
-                return
-        launched.check()
-        raise WorkError(f"training in {run} ended at step {logged}, before step {step} at which it was to be killed")
-
-    @staticmethod
-    def _last_step(run: Path) -> int:
-        return max((report.step for report in RunDirectory(run).reports()), default=-1)
-
-    @staticmethod
-    def _losses(run: Path, steps: range) -> list[str]:
-        """Exact losses and gradient norms of some steps, as hexadecimal floats."""
-        return [f"{r.loss.hex()} {r.grad_norm.hex()}" for r in RunDirectory(run).reports() if r.step in steps]
 
     def convert(self) -> dict[str, Any]:
         return tool("convert_checkpoint", "to-hf", self.run, self.root / "model", "--codec", self.root / "codec")
@@ -208,6 +184,34 @@ def launch(recipe: Path, *overrides: str) -> Launched:
     logger.info("%s", shlex.join(command))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": _path()}
     return Launched(subprocess.Popen(command, env=environment), shlex.join(command))
+
+
+def train_and_kill(recipe: Path, run: Path, step: int, *overrides: str) -> None:
+    """Trains (or goes on) until ``step`` is logged, then SIGKILLs launcher and ranks.
+
+    Raises ``WorkError`` if training ends before.
+    """
+    metrics = RunDirectory(run).metrics
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    launched = launch(recipe, f"run.dir={run}", *overrides)
+    while launched.running:
+        time.sleep(0.1)
+        # the file of a resumed run holds the rows of its predecessor until it is cut to the checkpoint's step
+        if metrics.exists() and metrics.stat().st_mtime_ns != before and last_step(run) >= step:
+            launched.kill()
+            return
+    launched.check()
+    raise WorkError(f"training in {run} ended at step {last_step(run)}, before step {step} at which it was to be killed")
+
+
+def last_step(run: Path) -> int:
+    """The newest step in the run's metrics, -1 if there is none."""
+    return max((report.step for report in RunDirectory(run).reports()), default=-1)
+
+
+def exact_losses(run: Path, steps: range) -> list[str]:
+    """Losses and gradient norms of some steps as hexadecimal floats: equal strings are equal bits."""
+    return [f"{r.loss.hex()} {r.grad_norm.hex()}" for r in RunDirectory(run).reports() if r.step in steps]
 
 
 def tool(name: str, *arguments: object) -> dict[str, Any]:

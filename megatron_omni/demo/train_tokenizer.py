@@ -35,5 +35,5 @@ def train_bpe(texts: Iterable[str], out: Path, vocab_size: int) -> int:
     # Often enough that their merges come before those of the rarest words.
     said_by_the_template = ["system\n", "user\n", "assistant\n", *prompts] * 1000
     tokenizer.train_from_iterator(chain(said_by_the_template, texts), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(str(out))  # type: ignore[no-untyped-call]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(str(out))
     return int(tokenizer.get_vocab_size())

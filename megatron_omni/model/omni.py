@@ -80,7 +80,8 @@ class OmniModel(nn.Module):
         """
         mine = slice(self.tp.rank * (rows := batch.mel_RAM.shape[0] // self.tp.size), (self.tp.rank + 1) * rows)
         segments_RA = batch.clip_segments_RA[mine]
-        frames = self.encoder(batch.mel_RAM[mine], batch.mel_valid_RA[mine], segments_RA, batch.clip_positions_RA[mine])
+        mel_RAM = batch.mel_RAM[mine].to(self.llm.embedding.weight.dtype)
+        frames = self.encoder(mel_RAM, batch.mel_valid_RA[mine], segments_RA, batch.clip_positions_RA[mine])
         audio_XD = gather_rows(self.projector(frames, segments_RA), self.tp).flatten(0, 1)
         source_BT = batch.audio_source_BT
         at_audio = audio_XD[(source_BT - 1).clamp(min=0)]

@@ -41,7 +41,7 @@ def rotary_table(positions_BT: torch.Tensor, head_dim: int, theta: float) -> tup
 def rotate(x_BTNH: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     cos, sin = table
     low, high = x_BTNH.chunk(2, -1)
-    return x_BTNH * cos + torch.cat([-high, low], -1) * sin
+    return (x_BTNH * cos + torch.cat([-high, low], -1) * sin).type_as(x_BTNH)
 
 
 def sinusoids(positions_BT: torch.Tensor, width: int) -> torch.Tensor:

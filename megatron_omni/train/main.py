@@ -27,7 +27,7 @@ from megatron_omni.engine import zero_state
 from megatron_omni.engine.engine import OmniEngine
 from megatron_omni.parallel.topology import ParallelGroups, Topology
 from megatron_omni.runtime.errors import InputError
-from megatron_omni.runtime.logs import get_logger
+from megatron_omni.runtime.logs import get_logger, log_to
 from megatron_omni.runtime.run_directory import RunDirectory
 from megatron_omni.runtime.world import World
 from megatron_omni.train.loop import Trainer
@@ -72,6 +72,7 @@ def start_ranks(world: World) -> torch.device:
 
 def train(recipe: Recipe, world: World, device: torch.device) -> TrainSummary:
     dp_size = recipe.data_parallel(world.size)
+    log_to(RunDirectory(recipe.run.dir).logs)
     groups = ParallelGroups(Topology(world.size, recipe.parallel.tensor, world.rank))
     comm = Distributed()
     tokenizer = OmniTokenizer.load(recipe.data.tokenizer)

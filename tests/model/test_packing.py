@@ -81,3 +81,16 @@ def test_every_parameter_gets_a_gradient_from_any_row():
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() == 0, name
+
+
+def test_bfloat16_follows_float32():
+    """Every operation keeps to the weights' dtype; the losses are those of float32 up to bfloat16's rounding."""
+    config = model_config(acoustic_delay=1)
+    model = build(config)
+    batch = pack([packed(range(3), config)], config)
+    scale = LossScale.of(Counts.of(batch), 1.0, (0.5,) * 4, replicas=1)
+    expected = model(batch, scale).loss.item()
+    losses = model.bfloat16()(batch, scale)
+    losses.loss.backward()
+    assert losses.loss.item() == pytest.approx(expected, rel=2e-2)
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}
