@@ -118,16 +118,23 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        stack, tensor = self.model.llm.stack, self.parallel.tensor
-        for name, heads in (("num_heads", stack.num_heads), ("num_kv_heads", stack.kv_heads)):
-            if heads % tensor:
-                choices = _alternatives(_divisors(math.gcd(stack.num_heads, stack.kv_heads)))
-                raise ValueError(f"parallel.tensor={tensor} does not divide model.llm.stack.{name}={heads}; choose {choices}")
-        if stack.intermediate_size % tensor:
-            raise ValueError(
-                f"parallel.tensor={tensor} does not divide model.llm.stack.intermediate_size={stack.intermediate_size}; "
-                f"choose {_alternatives(_divisors(math.gcd(stack.num_heads, stack.kv_heads, stack.intermediate_size)))}"
+        tensor, head = self.parallel.tensor, self.model.audio_head
+        cut = {"model.llm.stack": self.model.llm.stack, "model.audio_head.pre_nn": head.pre_nn, "model.audio_head.decoder": head.decoder}
+        widths = {
+            f"{stack}.{name}": value
+            for stack, config in cut.items()
+            for name, value in (
+                ("num_heads", config.num_heads),
+                ("num_kv_heads", config.kv_heads),
+                ("intermediate_size", config.intermediate_size),
             )
+        }
+        # the steps of a micro-batch are dealt out over the group, and the vocabulary is padded to a multiple of 128
+        widths |= {"batch.micro_rows x row.codec": self.batch.micro_rows * self.row.codec, "the vocabulary's padding": 128}
+        choices = _alternatives(_divisors(math.gcd(*widths.values())))
+        for name, value in widths.items():
+            if value % tensor:
+                raise ValueError(f"parallel.tensor={tensor} does not divide {name}={value}; choose {choices}")
         if self.batch.global_rows % self.batch.micro_rows:
             raise ValueError(
                 f"batch.micro_rows={self.batch.micro_rows} does not divide batch.global_rows={self.batch.global_rows}; "

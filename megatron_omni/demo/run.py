@@ -218,7 +218,8 @@ def tool(name: str, *arguments: object) -> dict[str, Any]:
     """Runs ``tools/NAME.py ... --json`` and returns its summary; its progress goes to the terminal."""
     command = [sys.executable, f"tools/{name}.py", *map(str, arguments), "--json"]
     logger.info("%s", shlex.join(["python", *command[1:]]))
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | {"PATH": _path()}, check=False)
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PATH": _path()}  # small matrices: a second thread only gets in the way
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False)
     if done.returncode:
         raise WorkError(f"exit code {done.returncode}: {shlex.join(command)}")
     summary: dict[str, Any] = orjson.loads(done.stdout)
