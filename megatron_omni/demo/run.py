@@ -103,23 +103,23 @@ class Demo:
     def train(self) -> dict[str, Any]:
         """First half data parallel, killed; a copy replays the steps after the checkpoint; second half tensor parallel."""
         recipe = load_recipe(self.recipe)
-        every = recipe.train.save_every
-        half = recipe.train.steps // 2 // every * every
+        half = recipe.train.steps // 2 // recipe.train.save_every * recipe.train.save_every
         replayed = range(half, half + REPLAYED_STEPS)
-        if not (self.run / "checkpoints" / f"step-{half:08d}").exists():
-            train_and_kill(self.recipe, self.run, replayed[-1], "batch.micro_rows=4", "parallel.tensor=1")
-        if last_step(self.run) >= recipe.train.steps - 1:
-            return self._trained(recipe.train.steps)
-        replay = self.root / "replay"
-        if not replay.exists():
-            before = exact_losses(self.run, replayed)
+        data = (f"data.train=[{self.root / 'shards' / 'train'}]", f"data.tokenizer={self.root / 'tokenizer'}")
+        record = self.root / "replay.json"
+        if not record.exists():
+            if not (self.run / "checkpoints" / f"step-{half:08d}").exists():
+                train_and_kill(self.recipe, self.run, replayed[-1], *data)
+            replay = self.root / "replay"
+            shutil.rmtree(replay, ignore_errors=True)
             shutil.copytree(self.run, replay, ignore=shutil.ignore_patterns("wandb*"))
             newest = checkpoints(replay)[0].name
             if newest != f"step-{half:08d}":
-                raise WorkError(f"{replay}: expected the checkpoint of step {half} to be the newest, found {newest}; remove runs/demo")
-            train_and_kill(self.recipe, replay, replayed[-1], "batch.micro_rows=4", "parallel.tensor=1", "run.wandb.mode=disabled")
-            atomic_write(self.root / "replay.json", orjson.dumps({"before": before, "after": exact_losses(replay, replayed)}))
-        launch(self.recipe, f"run.dir={self.run}", "parallel.tensor=2", f"batch.micro_rows={recipe.batch.global_rows}").check()
+                raise WorkError(f"{self.run}: the newest checkpoint is {newest}, expected that of step {half}; remove {self.root}")
+            train_and_kill(self.recipe, replay, replayed[-1], *data, "run.wandb.mode=disabled")
+            atomic_write(record, orjson.dumps({"before": exact_losses(self.run, replayed), "after": exact_losses(replay, replayed)}))
+        tensor_parallel = ("parallel.tensor=2", f"batch.micro_rows={recipe.batch.global_rows}")
+        launch(self.recipe, f"run.dir={self.run}", *data, *tensor_parallel).check()
         return self._trained(recipe.train.steps)
 
     def _trained(self, steps: int) -> dict[str, Any]:
@@ -136,7 +136,8 @@ class Demo:
         return tool("convert_checkpoint", "to-hf", self.run, self.root / "model", "--codec", self.root / "codec")
 
     def use(self) -> dict[str, Any]:
-        sample = orjson.loads((self.root / "corpus" / "heldout_known.jsonl").read_bytes().splitlines()[0])
+        lines = (self.root / "corpus" / "heldout_known.jsonl").read_bytes().splitlines()
+        sample = next(line for line in map(orjson.loads, lines) if "target_audio" in line)
         heard, spoken = self.root / "corpus" / sample["audio"], self.root / "answer.wav"
         generated = tool("generate", "--model", self.root / "model", "--audio", heard, "--out-audio", spoken)
         return {"audio": str(heard), "expected": sample["text"], **generated}
@@ -195,7 +196,7 @@ def train_and_kill(recipe: Path, run: Path, step: int, *overrides: str) -> None:
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
     launched = launch(recipe, f"run.dir={run}", *overrides)
     while launched.running:
-        time.sleep(0.1)
+        time.sleep(0.5)
         # the file of a resumed run holds the rows of its predecessor until it is cut to the checkpoint's step
         if metrics.exists() and metrics.stat().st_mtime_ns != before and last_step(run) >= step:
             launched.kill()
@@ -231,7 +232,7 @@ def _path() -> str:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything is written; the recipe's paths point there.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
     recipe: Annotated[Path, typer.Option(help="Training recipe.")] = Path("launch/recipes/demo_cpu.yaml"),
 ) -> dict[str, Any]:
     """Speaks a corpus, makes shards, trains with a kill and a resume, exports, evaluates and reports."""
