@@ -18,7 +18,7 @@ from megatron_omni.runtime.seeds import stable_seed
 Kind = Literal["digits", "sentence", "extraction", "ordinal"]
 Split = Literal["train", "dev", "heldout_known", "heldout_unseen"]
 
-KINDS: dict[Kind, float] = {"digits": 0.22, "sentence": 0.3, "extraction": 0.28, "ordinal": 0.2}
+KINDS: dict[Kind, float] = {"digits": 0.2, "sentence": 0.28, "extraction": 0.26, "ordinal": 0.26}
 """Share of each kind among the utterances."""
 SPLITS: dict[Split, int] = {"train": 76, "dev": 8, "heldout_known": 8, "heldout_unseen": 8}
 """Percent of all sentences that belong to each split."""

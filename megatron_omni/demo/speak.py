@@ -1,7 +1,7 @@
 """Speaks the demo's corpus: audio files in folders by voice, and a manifest per split, as a user's own recordings would lie.
 
-Half of the utterances are to be transcribed (prompt ``Transcribe:``, text only). Of the others, without a prompt,
-questions are answered and statements echoed, in text and in the assistant's one voice.
+Half of the statements and a quarter of the questions are to be transcribed (prompt ``Transcribe:``, text only). Of the
+others, without a prompt, questions are answered and statements echoed, in text and in the assistant's one voice.
 
 =================  ==========================  =============================================
 split              sentences                   voices
@@ -83,7 +83,7 @@ class _Work:
 
 
 def speak_corpus(
-    out: Path, num_train: int = 8000, num_dev: int = 400, num_heldout: int = 400, seed: int = 0, workers: int = 2
+    out: Path, num_train: int = 12000, num_dev: int = 400, num_heldout: int = 400, seed: int = 0, workers: int = 2
 ) -> SpokenCorpus:
     """Writes the corpus under ``out``: ``voices/NAME/ID.flac``, ``assistant/WORDS.flac`` and four manifests, ``SPLIT.jsonl``.
 
@@ -112,7 +112,7 @@ def speak_corpus(
             audio = Path("voices", voice.name, f"{name}.flac")
             clips[voice][audio] = utterance.text
             reply = None
-            if random.integers(2):
+            if random.random() < (0.75 if utterance.is_question else 0.5):
                 reply = Path("assistant", f"{utterance.reply.replace(' ', '-')}.flac")
                 clips[ASSISTANT][reply] = utterance.reply
             lines[split].append(_line(name, audio, utterance, voice, reply))

@@ -23,6 +23,7 @@ from megatron_omni.runtime.logs import get_logger
 from megatron_omni.schema import Batch, StepReport
 from megatron_omni.train.metrics import MetricsWriter
 from megatron_omni.train.schedule import lr_at
+from megatron_omni.train.shared_rows import SharedRows
 from megatron_omni.train.unigram import UnigramEntropy
 
 logger = get_logger(__name__)
@@ -42,7 +43,8 @@ class Trainer:
     ) -> None:
         codec = engine.model_config.codec
         assert codec is not None
-        self.engine, self.stream, self.comm = engine, stream, comm
+        self.engine, self.comm = engine, comm
+        self.rows = SharedRows(stream, engine.groups.tensor_parallel)
         self.recipe = engine.recipe
         self.fingerprints = fingerprints
         self.start_step = start_step
@@ -63,7 +65,7 @@ class Trainer:
         """Trains to the end and returns the last step's report; None if there was nothing left to do."""
         train, report = self.recipe.train, None
         started = time.perf_counter()
-        for step, rows in zip(range(self.start_step, train.steps), islice(self.stream, train.steps - self.start_step), strict=True):
+        for step, rows in zip(range(self.start_step, train.steps), islice(self.rows, train.steps - self.start_step), strict=True):
             waited = time.perf_counter() - started
             lr = lr_at(step, self.recipe.optim, train.steps)
             result = self.engine.step(step, [packed.batch for packed in rows.micro_batches], lr)
