@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,3 +63,20 @@ def forward_backward(
         logits.sub_(scale * (options.label_smoothing / logits.shape[-1]))
     logits.scatter_add_(-1, safe, -(1 - options.label_smoothing) * scale)
     return objective * valid, plain * valid, correct
+
+
+class GradientsFormedForward(torch.autograd.Function):
+    """Base of the fused heads: ``forward(ctx, hidden, weight, *five others)`` forms both gradients, ``backward`` scales them."""
+
+    @staticmethod
+    def keep(ctx: Any, grad_hidden: torch.Tensor | None, grad_weight: torch.Tensor | None, dtype: torch.dtype) -> None:
+        """Called at the end of ``forward``; ``grad_weight`` is float32, ``dtype`` the weight's."""
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        to_hidden = None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype)
+        to_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return to_hidden, to_weight, None, None, None, None, None

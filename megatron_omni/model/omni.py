@@ -78,7 +78,8 @@ class OmniModel(nn.Module):
 
         Encoder rows are dealt out over the tensor-parallel group and their embeddings collected.
         """
-        mine = slice(self.tp.rank * (rows := batch.mel_RAM.shape[0] // self.tp.size), (self.tp.rank + 1) * rows)
+        rows = batch.mel_RAM.shape[0] // self.tp.size
+        mine = slice(self.tp.rank * rows, (self.tp.rank + 1) * rows)
         segments_RA = batch.clip_segments_RA[mine]
         mel_RAM = batch.mel_RAM[mine].to(self.llm.embedding.weight.dtype)
         frames = self.encoder(mel_RAM, batch.mel_valid_RA[mine], segments_RA, batch.clip_positions_RA[mine])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_omni.kernels.losses import LossOptions, forward_backward
+from megatron_omni.kernels.losses import GradientsFormedForward, LossOptions, forward_backward
 
 
 def _logits(hidden: torch.Tensor, weight_KVH: torch.Tensor) -> torch.Tensor:
@@ -15,7 +15,7 @@ def _logits(hidden: torch.Tensor, weight_KVH: torch.Tensor) -> torch.Tensor:
     return torch.matmul(hidden_Knh, weight_KVH.transpose(1, 2)).float()
 
 
-class ChunkedCodecHead(torch.autograd.Function):
+class ChunkedCodecHead(GradientsFormedForward):
     """(hidden, weight, ...) -> (scaled loss, plain sums [K], correct [K]); gradients to hidden and weight only."""
 
     @staticmethod
@@ -54,20 +54,6 @@ class ChunkedCodecHead(torch.autograd.Function):
                 chunk = hidden[part]
                 hidden_KnH = chunk.unsqueeze(0).expand(K, -1, -1) if hidden.dim() == 2 else chunk.transpose(0, 1)
                 grad_weight += torch.bmm(grad_KnV.transpose(1, 2), hidden_KnH).float()
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_KVH.dtype
+        ChunkedCodecHead.keep(ctx, grad_hidden, grad_weight, weight_KVH.dtype)
         ctx.mark_non_differentiable(sum_K, correct_K)
         return loss, sum_K, correct_K
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_omni.kernels.losses import LossOptions
+from megatron_omni.kernels.losses import GradientsFormedForward, LossOptions
 
 
 def _combine(stats_u5: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -20,7 +20,7 @@ def _combine(stats_u5: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
     return out.view(world, *stats_u5.shape)
 
 
-class ChunkedTextHead(torch.autograd.Function):
+class ChunkedTextHead(GradientsFormedForward):
     """(hidden, weight shard, ...) -> (scaled loss, plain sum, correct); gradients to hidden and weight only."""
 
     @staticmethod
@@ -76,20 +76,6 @@ class ChunkedTextHead(torch.autograd.Function):
                 grad_weight += (grad.T @ hidden).float()
         if grad_hidden is not None and group is not None:
             dist.all_reduce(grad_hidden, group=group)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
+        ChunkedTextHead.keep(ctx, grad_hidden, grad_weight, weight_VD.dtype)
         ctx.mark_non_differentiable(total, correct)
         return loss, total, correct
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
