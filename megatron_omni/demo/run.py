@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -180,8 +181,11 @@ class Launched:
 
 
 def launch(recipe: Path, *overrides: str) -> Launched:
-    """``deepspeed launch/train_omni.sh`` on two CPU processes of one thread each."""
-    command = ["deepspeed", "--num_gpus", "2", "launch/train_omni.sh", "--config", str(recipe), *overrides]
+    """``deepspeed launch/train_omni.sh`` on two CPU processes of one thread each; another run on this machine does not matter."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # the launcher's own default, 29500, is every run's
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(port)]
+    command += ["launch/train_omni.sh", "--config", str(recipe), *overrides]
     logger.info("%s", shlex.join(command))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": _path()}
     return Launched(subprocess.Popen(command, env=environment), shlex.join(command))
