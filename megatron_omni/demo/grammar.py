@@ -18,7 +18,7 @@ from megatron_omni.runtime.seeds import stable_seed
 Kind = Literal["digits", "sentence", "extraction", "ordinal"]
 Split = Literal["train", "dev", "heldout_known", "heldout_unseen"]
 
-KINDS: dict[Kind, float] = {"digits": 0.2, "sentence": 0.28, "extraction": 0.26, "ordinal": 0.26}
+KINDS: dict[Kind, float] = {"digits": 0.2, "sentence": 0.26, "extraction": 0.24, "ordinal": 0.3}
 """Share of each kind among the utterances."""
 SPLITS: dict[Split, int] = {"train": 76, "dev": 8, "heldout_known": 8, "heldout_unseen": 8}
 """Percent of all sentences that belong to each split."""
@@ -126,7 +126,7 @@ def _ordinal(rng: np.random.Generator) -> tuple[str, str]:
         listed = [_pick(rng, DIGITS) for _ in range(3)]
         position = _pick(rng, POSITIONS)
         return f"{' '.join(listed)} which is {position}", listed[POSITIONS.index(position)]
-    series = NUMBERS if rng.integers(2) else DAYS
+    series = DIGITS if rng.integers(2) else DAYS
     at = int(rng.integers(1, len(series) - 1))
     step = 1 if rng.integers(2) else -1
     called = f"{_pick(rng, NAMES)} " if rng.integers(3) else ""  # "anna what comes after five": more sentences around few facts

@@ -83,7 +83,7 @@ class _Work:
 
 
 def speak_corpus(
-    out: Path, num_train: int = 12000, num_dev: int = 400, num_heldout: int = 400, seed: int = 0, workers: int = 2
+    out: Path, num_train: int = 20000, num_dev: int = 400, num_heldout: int = 400, seed: int = 2, workers: int = 2
 ) -> SpokenCorpus:
     """Writes the corpus under ``out``: ``voices/NAME/ID.flac``, ``assistant/WORDS.flac`` and four manifests, ``SPLIT.jsonl``.
 
