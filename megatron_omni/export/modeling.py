@@ -25,6 +25,7 @@ from megatron_omni.kernels.text_head import text_head
 from megatron_omni.model.audio_head import AudioHead
 from megatron_omni.model.encoder import AudioEncoder, Projector
 from megatron_omni.model.init import initial_value
+from megatron_omni.model.positions import place_audio, take
 from megatron_omni.parallel.layout import TensorLayout
 from megatron_omni.parallel.topology import TensorParallel
 from megatron_omni.runtime.errors import InputError
@@ -111,8 +112,7 @@ class OmniForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Token embeddings with projected audio in the place of the ``<audio>`` positions, ``[B, T, D]``; see ``schema.Batch``."""
         frames = self.encoder(mel_RAM.to(self.dtype), mel_valid_RA, clip_segments_RA, clip_positions_RA)
         audio_XD = self.projector(frames, clip_segments_RA).flatten(0, 1)
-        at_audio = audio_XD[(audio_source_BT - 1).clamp(min=0)]
-        return torch.where((audio_source_BT > 0).unsqueeze(-1), at_audio, self.get_input_embeddings()(input_ids))
+        return place_audio(self.get_input_embeddings()(input_ids), audio_XD, audio_source_BT)
 
     def forward(
         self,
@@ -228,8 +228,7 @@ class OmniForConditionalGeneration(PreTrainedModel, GenerationMixin):
         scale = scale or LossScale(0.0, (0.0,) * codec.num_codebooks)
         options = LossOptions()
         hidden_BTD = self.packed_hidden_states(batch)
-        supervised = batch.supervised_BU.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-        hidden_UD = hidden_BTD.gather(1, supervised).flatten(0, 1)
+        hidden_UD = take(hidden_BTD, batch.supervised_BU).flatten(0, 1)
         text = text_head(hidden_UD, self.llm.lm_head.weight, batch.targets_BU.flatten(), scale.text, None, options)
         scale_K = torch.tensor(scale.codec, dtype=torch.float32, device=hidden_BTD.device)
         codec_loss, codec_sum_K, codec_correct_K = self.audio_head(hidden_BTD, batch, scale_K, options)

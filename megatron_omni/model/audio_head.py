@@ -15,6 +15,7 @@ from megatron_omni.config.model import AudioHeadConfig, CodecConfig
 from megatron_omni.kernels.attention import Segments
 from megatron_omni.kernels.codec_head import codec_head
 from megatron_omni.kernels.losses import LossOptions
+from megatron_omni.model.positions import take
 from megatron_omni.model.transformer import KeyValueCache, Transformer
 from megatron_omni.parallel.collectives import split_rows
 from megatron_omni.parallel.layers import Linear, new_parameter, split_by_rows
@@ -142,11 +143,9 @@ class AudioHead(nn.Module):
         self, hidden_BTD: torch.Tensor, batch: Batch, scale_K: torch.Tensor, options: LossOptions
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(scaled loss, plain sums [K], correct [K]) of this tensor-parallel rank's share of the steps."""
-        spoken_BS1 = batch.spoken_BS.clamp(min=0).unsqueeze(-1)
-        spoken_BSD = hidden_BTD.gather(1, spoken_BS1.expand(-1, -1, hidden_BTD.shape[-1]))
+        spoken_BSD = take(hidden_BTD, batch.spoken_BS)
         text_BSD = self.pre_nn(spoken_BSD, batch.spoken_BS < 0, batch.spoken_positions_BS, Segments(batch.spoken_segments_BS))
-        prefix_BF1 = batch.prefix_BF.unsqueeze(-1)
-        prefix_BFD = text_BSD.gather(1, prefix_BF1.clamp(min=0).expand(-1, -1, text_BSD.shape[-1])) * (prefix_BF1 >= 0)
+        prefix_BFD = take(text_BSD, batch.prefix_BF) * (batch.prefix_BF >= 0).unsqueeze(-1)
         state_BFD = self.decoder(prefix_BFD, batch.codes_BKF, batch.codec_positions_BF, Segments(batch.codec_segments_BF))
 
         state_ND = split_rows(state_BFD.flatten(0, 1), self.tp)

@@ -19,6 +19,7 @@ from megatron_omni.kernels.losses import LossOptions
 from megatron_omni.kernels.text_head import text_head
 from megatron_omni.model.audio_head import AudioHead
 from megatron_omni.model.encoder import AudioEncoder, Projector
+from megatron_omni.model.positions import place_audio, take
 from megatron_omni.model.transformer import Transformer
 from megatron_omni.parallel.collectives import gather_rows, sum_over_ranks
 from megatron_omni.parallel.layers import VocabParallelEmbedding, new_parameter, split_by_rows
@@ -84,9 +85,7 @@ class OmniModel(nn.Module):
         mel_RAM = batch.mel_RAM[mine].to(self.llm.embedding.weight.dtype)
         frames = self.encoder(mel_RAM, batch.mel_valid_RA[mine], segments_RA, batch.clip_positions_RA[mine])
         audio_XD = gather_rows(self.projector(frames, segments_RA), self.tp).flatten(0, 1)
-        source_BT = batch.audio_source_BT
-        at_audio = audio_XD[(source_BT - 1).clamp(min=0)]
-        return torch.where((source_BT > 0).unsqueeze(-1), at_audio, self.llm.embedding(batch.tokens_BT))
+        return place_audio(self.llm.embedding(batch.tokens_BT), audio_XD, batch.audio_source_BT)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """The LLM's last hidden states (normed), ``[B, T, D]``."""
@@ -95,8 +94,7 @@ class OmniModel(nn.Module):
 
     def forward(self, batch: Batch, scale: LossScale) -> StepLosses:
         hidden_BTD = self.hidden_states(batch)
-        supervised = batch.supervised_BU.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-        hidden_UD = hidden_BTD.gather(1, supervised).flatten(0, 1)
+        hidden_UD = take(hidden_BTD, batch.supervised_BU).flatten(0, 1)
         text_loss, text_sum, text_correct = self.llm.head(hidden_UD, batch.targets_BU.flatten(), scale.text, self.options)
         scale_K = torch.tensor(scale.codec, dtype=torch.float32, device=hidden_BTD.device)
         codec_loss, codec_sum_K, codec_correct_K = self.audio_head(hidden_BTD, batch, scale_K, self.options)
