@@ -13,7 +13,7 @@ from megatron_omni.parallel.topology import TensorParallel
 class SharedRows:
     """Iterates as ``stream`` does, on every rank of the group; only the group's first rank decodes and packs.
 
-    With two CPU ranks, each of which would otherwise decode every clip, this saves a tenth of a step.
+    The others are spared the work: reading and packing four rows of the demo, 28 clips, takes 0.04 s of a CPU core.
     """
 
     def __init__(self, stream: RowStream, tp: TensorParallel) -> None:
