@@ -21,8 +21,8 @@ from megatron_omni.config.model import (
     ProjectorConfig,
     TransformerConfig,
 )
-from megatron_omni.data.collate import Packed, collate
 from megatron_omni.data.render import render
+from megatron_omni.data.rows.collate import Packed, collate
 from megatron_omni.data.tokenizer import OmniTokenizer, prepare_tokenizer
 from megatron_omni.demo.train_tokenizer import train_bpe
 from megatron_omni.runtime.seeds import rng

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_omni.data.builder import BuildSummary, build_shards
+from megatron_omni.data.building.builder import BuildSummary, build_shards
 from megatron_omni.runtime import cli
 
 

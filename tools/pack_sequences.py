@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from megatron_omni.audio.geometry import EncoderGeometry
-from megatron_omni.data.pack import PackSummary, write_plan
-from megatron_omni.data.shards import ShardedDataset
+from megatron_omni.data.rows.pack import PackSummary, write_plan
+from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime import cli
 from megatron_omni.runtime.errors import InputError

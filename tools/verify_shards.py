@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_omni.data.verify import VerifySummary, verify_shards
+from megatron_omni.data.shards.verify import VerifySummary, verify_shards
 from megatron_omni.runtime import cli
 
 

@@ -1,1 +1,1 @@
-"""."""
+"""Samples: from collections of recordings (``sources``) over tar shards (``building``, ``shards``) to packed rows (``rows``)."""

@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import torch
 
-from megatron_omni.data.demands import Samples
+from megatron_omni.data.rows.demands import Samples
 from megatron_omni.evaluate.samples import last_codes, question
 from megatron_omni.export.modeling import OmniForConditionalGeneration
 from megatron_omni.export.processing import Chat, OmniProcessor

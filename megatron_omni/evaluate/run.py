@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_omni.data.demands import Samples
-from megatron_omni.data.shards import ShardedDataset
+from megatron_omni.data.rows.demands import Samples
+from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tasks import FORMATS, Metric
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.evaluate.answers import Recording, generate_texts, record_speech

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_omni.config.model import CodecConfig
-from megatron_omni.data.demands import Samples
+from megatron_omni.data.rows.demands import Samples
 from megatron_omni.data.tasks import target_text
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.runtime.seeds import rng

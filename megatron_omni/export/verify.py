@@ -18,8 +18,8 @@ from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.checkpoint.load import Checkpoint, open_checkpoint
 from megatron_omni.checkpoint.state import CheckpointState
 from megatron_omni.config.model import ModelConfig
-from megatron_omni.data.collate import Packed, collate
 from megatron_omni.data.render import demand
+from megatron_omni.data.rows.collate import Packed, collate
 from megatron_omni.export.modeling import OmniForConditionalGeneration
 from megatron_omni.export.weights import Rows, llama_weights, logical_tensors, omni_weights
 from megatron_omni.model.omni import OmniModel

@@ -16,7 +16,7 @@ from megatron_omni.checkpoint.comm import Comm
 from megatron_omni.checkpoint.load import Checkpoint
 from megatron_omni.checkpoint.save import save, save_frozen
 from megatron_omni.checkpoint.state import CheckpointState, SavedTopology
-from megatron_omni.data.stream import RowStream, StepRows, StreamState
+from megatron_omni.data.rows.stream import RowStream, StepRows, StreamState
 from megatron_omni.engine import zero_state
 from megatron_omni.engine.engine import OmniEngine, StepResult
 from megatron_omni.runtime.logs import get_logger

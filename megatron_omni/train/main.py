@@ -19,9 +19,9 @@ from megatron_omni.checkpoint.save import checkpoints
 from megatron_omni.config.load import dump_recipe, load_recipe
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.recipe import Recipe
-from megatron_omni.data.demands import measure
-from megatron_omni.data.shards import ShardedDataset
-from megatron_omni.data.stream import RowPacker, RowStream, StreamState
+from megatron_omni.data.rows.demands import measure
+from megatron_omni.data.rows.stream import RowPacker, RowStream, StreamState
+from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.engine import zero_state
 from megatron_omni.engine.engine import OmniEngine

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from megatron_omni.data.stream import RowStream, StepRows
+from megatron_omni.data.rows.stream import RowStream, StepRows
 from megatron_omni.parallel.topology import TensorParallel
 
 

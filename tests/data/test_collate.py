@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from megatron_omni.audio.delay import undelay_codes
 from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
-from megatron_omni.data.collate import Packed, collate
 from megatron_omni.data.render import render
+from megatron_omni.data.rows.collate import Packed, collate
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.schema import IGNORE, Batch, RowShape

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_omni.data.plan import EpochPlan, Fill, PlanFingerprint, RowPlan, capacity, plan_window, require_fit
+from megatron_omni.data.rows.plan import EpochPlan, Fill, PlanFingerprint, RowPlan, capacity, plan_window, require_fit
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import RowShape
 

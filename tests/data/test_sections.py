@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_omni.data.sections import SPAN, TEXT, Strings, open_sections, text_at, to_bytes
+from megatron_omni.data.shards.sections import SPAN, TEXT, Strings, open_sections, text_at, to_bytes
 from megatron_omni.runtime.errors import WorkError
 
 ROW = np.dtype([("name", *SPAN), ("value", "<u8"), ("small", "u1")])

@@ -22,11 +22,11 @@ import webdataset
 
 from megatron_omni.audio.codec import Mimi
 from megatron_omni.audio.waveform import read_audio, read_flac, resample
-from megatron_omni.data.builder import build_shards
-from megatron_omni.data.manifest import Manifest
-from megatron_omni.data.shard_writer import ShardWriter
-from megatron_omni.data.shards import AUDIO_RATE, ShardedDataset, ShardTable, write_table
-from megatron_omni.data.verify import verify_shards
+from megatron_omni.data.building.builder import build_shards
+from megatron_omni.data.shards.dataset import AUDIO_RATE, ShardedDataset, ShardTable, write_table
+from megatron_omni.data.shards.verify import verify_shards
+from megatron_omni.data.shards.writer import ShardWriter
+from megatron_omni.data.sources.manifest import Manifest
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.runtime.files import sha256_file
 from megatron_omni.schema import Message, Part, Sample

@@ -16,9 +16,9 @@ import torch
 
 from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
-from megatron_omni.data.demands import Demands, measure
 from megatron_omni.data.render import demand, render
-from megatron_omni.data.stream import RowPacker, RowStream, StepRows, StreamState, evaluation_batches
+from megatron_omni.data.rows.demands import Demands, measure
+from megatron_omni.data.rows.stream import RowPacker, RowStream, StepRows, StreamState, evaluation_batches
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import Batch, RowShape

@@ -15,7 +15,7 @@ import soundfile
 
 from megatron_omni.audio.codec import Mimi
 from megatron_omni.config.model import CodecConfig
-from megatron_omni.data.builder import build_shards
+from megatron_omni.data.building.builder import build_shards
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.evaluate import run
 from megatron_omni.evaluate.answers import chat, generate_texts

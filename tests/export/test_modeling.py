@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoProcessor
 
 from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
-from megatron_omni.data.collate import collate
 from megatron_omni.data.render import render
+from megatron_omni.data.rows.collate import collate
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.export import OmniConfig, OmniForConditionalGeneration, OmniProcessor
 from megatron_omni.export.verify import random_batch

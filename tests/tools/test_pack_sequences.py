@@ -12,10 +12,10 @@ import pytest
 import soundfile
 
 from megatron_omni.audio.geometry import EncoderGeometry
-from megatron_omni.data.builder import build_shards
-from megatron_omni.data.demands import measure, plan_fingerprint
-from megatron_omni.data.plan import EpochPlan, RowPlan
-from megatron_omni.data.shards import ShardedDataset
+from megatron_omni.data.building.builder import build_shards
+from megatron_omni.data.rows.demands import measure, plan_fingerprint
+from megatron_omni.data.rows.plan import EpochPlan, RowPlan
+from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tokenizer import OmniTokenizer, prepare_tokenizer
 from megatron_omni.demo.train_tokenizer import train_bpe
 from megatron_omni.schema import RowShape

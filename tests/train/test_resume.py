@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_omni.checkpoint.load import open_checkpoint
-from megatron_omni.data.builder import build_shards
+from megatron_omni.data.building.builder import build_shards
 from megatron_omni.data.tokenizer import prepare_tokenizer
 from megatron_omni.demo.run import exact_losses, last_step, launch, train_and_kill
 from megatron_omni.demo.train_tokenizer import train_bpe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_omni.data.sections import SPAN, TEXT, Strings, open_sections, text_at, to_bytes
+from megatron_omni.data.shards.sections import SPAN, TEXT, Strings, open_sections, text_at, to_bytes
 
 MAGIC, VERSION = b"OMNI.IDX", 1
 

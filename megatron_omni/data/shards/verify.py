@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megatron_omni.data.shard_index import IndexedSample
-from megatron_omni.data.shards import AUDIO_RATE, DatasetInfo, Shard, ShardRecord, ShardTable
+from megatron_omni.data.shards.dataset import AUDIO_RATE, DatasetInfo, Shard, ShardRecord, ShardTable
+from megatron_omni.data.shards.index import IndexedSample
 from megatron_omni.runtime.cli import progress
 from megatron_omni.runtime.errors import WorkError
 from megatron_omni.runtime.files import sha256_file

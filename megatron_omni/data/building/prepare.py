@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_omni.audio.waveform import read_audio, resample, write_flac
-from megatron_omni.data.manifest import Clip, Entry
-from megatron_omni.data.shards import AUDIO_RATE, BuildOptions
+from megatron_omni.data.shards.dataset import AUDIO_RATE, BuildOptions
+from megatron_omni.data.sources.manifest import Clip, Entry
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import Sample
 

@@ -14,8 +14,8 @@ import xxhash
 
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.config.model import CodecConfig
-from megatron_omni.data.plan import WINDOW_ROWS, PlanFingerprint
 from megatron_omni.data.render import demand, render
+from megatron_omni.data.rows.plan import WINDOW_ROWS, PlanFingerprint
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime.cli import progress
 from megatron_omni.runtime.files import atomic_open

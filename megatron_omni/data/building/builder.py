@@ -40,10 +40,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_omni import __version__
 from megatron_omni.audio.codec import Mimi
-from megatron_omni.data.manifest import Manifest
-from megatron_omni.data.prepare import Chunk, Prepared, Reject, prepare_chunk
-from megatron_omni.data.shard_writer import ShardWriter
-from megatron_omni.data.shards import AUDIO_RATE, BuildOptions, CodecProvenance, DatasetInfo, ShardRecord, Totals, write_table
+from megatron_omni.data.building.prepare import Chunk, Prepared, Reject, prepare_chunk
+from megatron_omni.data.shards.dataset import AUDIO_RATE, BuildOptions, CodecProvenance, DatasetInfo, ShardRecord, Totals, write_table
+from megatron_omni.data.shards.writer import ShardWriter
+from megatron_omni.data.sources.manifest import Manifest
 from megatron_omni.runtime.cli import progress
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.runtime.files import atomic_write, sha256_file

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 import xxhash
 
-from megatron_omni.data.shard_index import IndexedSample, Member, ShardIndex
+from megatron_omni.data.shards.index import IndexedSample, Member, ShardIndex
 from megatron_omni.runtime.files import atomic_open, atomic_write
 from megatron_omni.schema import Sample
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_omni.audio.geometry import EncoderGeometry
-from megatron_omni.data.demands import Samples, measure, plan_fingerprint
-from megatron_omni.data.plan import Fill, RowPlan, require_fit
+from megatron_omni.data.rows.demands import Samples, measure, plan_fingerprint
+from megatron_omni.data.rows.plan import Fill, RowPlan, require_fit
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.schema import RowShape
 

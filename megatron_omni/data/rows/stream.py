@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.config.model import CodecConfig
-from megatron_omni.data.collate import collate
-from megatron_omni.data.demands import Demands, Samples, plan_fingerprint
-from megatron_omni.data.plan import WINDOW_ROWS, Fill, PlanFingerprint, RowPlan, require_fit
 from megatron_omni.data.render import render
+from megatron_omni.data.rows.collate import collate
+from megatron_omni.data.rows.demands import Demands, Samples, plan_fingerprint
+from megatron_omni.data.rows.plan import WINDOW_ROWS, Fill, PlanFingerprint, RowPlan, require_fit
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import Batch, RowShape

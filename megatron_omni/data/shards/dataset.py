@@ -30,8 +30,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_omni.audio.waveform import read_audio, resample
 from megatron_omni.config.model import CodecConfig
-from megatron_omni.data.sections import SPAN, TEXT, Strings, open_sections, text_at, to_bytes
-from megatron_omni.data.shard_index import IndexedSample, Member, ShardIndex
+from megatron_omni.data.shards.index import IndexedSample, Member, ShardIndex
+from megatron_omni.data.shards.sections import SPAN, TEXT, Strings, open_sections, text_at, to_bytes
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.runtime.files import sha256_file
 from megatron_omni.schema import Sample, SampleArrays

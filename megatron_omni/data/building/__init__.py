@@ -1,0 +1,1 @@
+"""From a source to shards: decode, check, encode, write; on one machine or many."""

@@ -1,0 +1,1 @@
+"""Collections of recordings as their owners keep them: lines that become samples."""
