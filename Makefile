@@ -24,7 +24,8 @@ $(INSTALLED): setup.py constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --upgrade pip
 	python -m pip install --quiet torch ninja setuptools wheel
-	python -m pip install --quiet --editable '.[train,demo,test,dev]'
+	python -m pip install --quiet --editable '.[train,demo,test,dev,adapters,cluster,moshi]'
+	python -m pip install --quiet --no-deps moshi
 	touch $@
 
 demo: $(INSTALLED)  ## the main job on this machine: speak, shard, train, kill, resume, export, evaluate, report

@@ -7,7 +7,8 @@ EXTRAS = {
     "gpu": ["triton", "flash-attn", "torchaudio", "liger-kernel"],
     "demo": ["espeakng-loader", "psutil"],
     "adapters": ["peft", "lhotse"],
-    "cluster": ["ray[default]"],
+    "cluster": ["ray"],
+    "moshi": ["einops", "sentencepiece", "sphn"],  # what Kyutai's package needs; itself, which pins an older torch: pip install --no-deps moshi
     "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "triton", "scipy"],
     "dev": ["ruff", "mypy", "import-linter", "pre-commit", "types-PyYAML"],
 }
