@@ -75,7 +75,7 @@ def fit_codec(wave_files: Sequence[Path], out: Path, seed: int = 0, config: Mimi
     model.train(False)
     _smooth(model, seed)
     _scale_encoder(model, _join(waves, SCALE_SECONDS, config.sampling_rate))
-    latents_ND = _latents(model, waves)
+    latents_ND = torch.cat(Mimi(model).latents(waves)).clone()  # a clone: inference tensors cannot be trained on
     if len(latents_ND) < 4 * config.codebook_size:
         raise InputError(f"{len(latents_ND)} frames are too few for codebooks of {config.codebook_size}; give 4 or more an entry")
     _fit_quantizer(model, latents_ND, seed)
@@ -155,16 +155,6 @@ def _hooked(
         run()
     for handle in handles:
         handle.remove()
-
-
-def _latents(model: MimiModel, waves: Sequence[np.ndarray]) -> torch.Tensor:
-    """What the quantizer hears of all frames, float32 [N, D]."""
-    heard: list[torch.Tensor] = []
-    project, _ = _projections(model.quantizer.semantic_residual_vector_quantizer)
-    handle = project.register_forward_hook(lambda _module, inputs, _output: heard.append(inputs[0].transpose(1, 2).flatten(0, 1)))
-    Mimi(model, num_codebooks=1).encode(waves)
-    handle.remove()
-    return torch.cat(heard).clone()
 
 
 def _fit_quantizer(model: MimiModel, latents_ND: torch.Tensor, seed: int) -> None:

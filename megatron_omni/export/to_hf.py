@@ -19,9 +19,10 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from pydantic import JsonValue
 from safetensors.torch import save_file
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM, MimiModel
 
 from megatron_omni.audio.codec import Mimi
+from megatron_omni.audio.mimi_transformers import TransformersMimi
 from megatron_omni.checkpoint.load import open_checkpoint
 from megatron_omni.checkpoint.state import CheckpointState
 from megatron_omni.config.model import CodecConfig, ModelConfig
@@ -90,8 +91,8 @@ def to_hf(checkpoint: Path, out: Path, codec: str, tokenizer: Path | None = None
     return verified
 
 
-def _write(folder: Path, name: str, source: Source, model: ModelConfig, mimi: Mimi, text: OmniTokenizer, dtype: Dtype) -> None:
-    config = OmniConfig.of(model, mimi.model.config, text.pad_id, text.eos_id)
+def _write(folder: Path, name: str, source: Source, model: ModelConfig, mimi: MimiModel, text: OmniTokenizer, dtype: Dtype) -> None:
+    config = OmniConfig.of(model, mimi.config, text.pad_id, text.eos_id)
     config.architectures, config.dtype = [OmniForConditionalGeneration.__name__], getattr(torch, dtype)
     llama = config.get_text_config()
     llama.architectures, llama.dtype = [LlamaForCausalLM.__name__], config.dtype
@@ -155,21 +156,22 @@ def _check_names(source: Source, model: ModelConfig) -> None:
         raise WorkError(f"{source.path}: tensor {wrong[0]} has shape {found[wrong[0]]}, its model's has {expected[wrong[0]]}")
 
 
-def _codec(folder_or_id: str, expected: CodecConfig | None) -> Mimi:
+def _codec(folder_or_id: str, expected: CodecConfig | None) -> MimiModel:
     assert expected is not None
-    mimi = Mimi.from_pretrained(folder_or_id, expected.num_codebooks)
+    network = TransformersMimi.load(folder_or_id)
+    mimi = Mimi(network, expected.num_codebooks)
     if expected.weights_hash and mimi.weights_hash != expected.weights_hash:
         raise InputError(
             f"codec {folder_or_id}: its weights (sha256 {mimi.weights_hash[:12]}...) are not those that made the training "
             f"targets ({expected.weights_hash[:12]}...); give the codec that the shards were made with"
         )
-    return mimi
+    return network.model
 
 
-def _codec_weights(mimi: Mimi) -> dict[str, torch.Tensor]:
+def _codec_weights(mimi: MimiModel) -> dict[str, torch.Tensor]:
     """Under the names of Mimi's files, which stay; those of its modules change with the version of transformers."""
     with TemporaryDirectory() as folder:
-        mimi.model.save_pretrained(folder)
+        mimi.save_pretrained(folder)
         with open_weights(Path(folder)) as (names, read):
             return {name: read(name) for name in names}
 

@@ -10,6 +10,7 @@ import torch
 from transformers import MimiConfig, MimiModel, WhisperConfig
 
 from megatron_omni.audio import codec
+from megatron_omni.audio.codebooks import CodeDifferences
 from megatron_omni.audio.codec import Mimi
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.runtime.seeds import rng
@@ -69,6 +70,52 @@ def test_batch_budget_does_not_change_codes(mimi: Mimi, monkeypatch: pytest.Monk
         np.testing.assert_array_equal(a, b)
 
 
+def test_similar_lengths_share_a_batch() -> None:
+    frames = [10, 1, 9, 100, 10, 95, 91, 1]
+    batches = list(codec._batches(frames, 300))
+    assert sorted(index for batch in batches for index in batch) == list(range(8))
+    assert batches == [[3, 5, 6], [0, 4, 2], [1, 7]]
+    assert list(codec._batches([7, 7, 7], 10)) == [[0], [1], [2]]
+
+
+def test_codes_are_those_of_transformers(mimi: Mimi) -> None:
+    """Its own search, in float32, on the same clip: equal but for ties."""
+    for clip in waves(*LENGTHS):
+        padded = torch.from_numpy(np.pad(clip, (0, -len(clip) % 1920)))[None, None]
+        with torch.no_grad():
+            theirs = mimi.network.model.encode(padded).audio_codes[0].numpy()
+        differences = mimi.compare([clip], [theirs])
+        assert (differences.frames, differences.beyond_ties) == (mimi.num_frames(len(clip)), 0)
+
+
+def test_differences_are_counted_and_ties_told_apart(mimi: Mimi) -> None:
+    clips = waves(9600, 5000)
+    codes = mimi.encode(clips)
+    assert mimi.compare(clips, codes) == CodeDifferences(frames=8, codes=48, differing=0, differing_frames=0, ties=0)
+    wrong = [codes[0].copy(), codes[1]]
+    wrong[0][2, 1] = (wrong[0][2, 1] + 1) % 64
+    wrong[0][4, 1] = (wrong[0][4, 1] + 1) % 64
+    found = mimi.compare(clips, wrong)
+    assert (found.differing, found.differing_frames, found.beyond_ties) == (2, 1, 1)
+
+    model = random_model()
+    for layer in model.quantizer.acoustic_residual_vector_quantizer.layers:
+        layer.codebook.embed_sum[1::2] = layer.codebook.embed_sum[::2]  # every entry twice: nothing but ties
+    twins = Mimi(model)
+    codes = twins.encode(clips)
+    codes[0][3] ^= 1
+    found = twins.compare(clips, codes)
+    assert (found.differing_frames, found.ties, found.beyond_ties) == (5, 5, 0)
+
+
+def test_lower_precision_keeps_the_hash_and_changes_few_codes(mimi: Mimi) -> None:
+    clips = waves(*LENGTHS)
+    low = Mimi(random_model(), dtype="bfloat16")
+    assert low.weights_hash == mimi.weights_hash
+    differences = mimi.compare(clips, low.encode(clips))
+    assert 0 < differences.rate < 0.5
+
+
 def test_padding_to_whole_frames_is_silence(mimi: Mimi) -> None:
     (clip,) = waves(5000)
     np.testing.assert_array_equal(mimi.encode([clip])[0], mimi.encode([np.pad(clip, (0, 760))])[0])
@@ -83,7 +130,7 @@ def test_frames_and_constants_come_from_the_config(mimi: Mimi) -> None:
 
 def test_fewer_codebooks_are_the_first_ones(mimi: Mimi) -> None:
     clips = waves(5000, 9600)
-    for few, all_of_them in zip(Mimi(mimi.model, num_codebooks=3).encode(clips), mimi.encode(clips), strict=True):
+    for few, all_of_them in zip(Mimi(mimi.network, num_codebooks=3).encode(clips), mimi.encode(clips), strict=True):
         np.testing.assert_array_equal(few, all_of_them[:3])
 
 
@@ -95,7 +142,7 @@ def test_decode_gives_whole_frames(mimi: Mimi) -> None:
 
 
 def test_saved_and_loaded_it_is_the_same_codec(mimi: Mimi, tmp_path: Path) -> None:
-    mimi.model.save_pretrained(tmp_path)
+    mimi.network.model.save_pretrained(tmp_path)
     loaded = Mimi.from_pretrained(tmp_path)
     assert loaded.weights_hash == mimi.weights_hash
     np.testing.assert_array_equal(loaded.encode(waves(9600))[0], mimi.encode(waves(9600))[0])

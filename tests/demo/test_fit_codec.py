@@ -61,12 +61,9 @@ def test_codebooks_are_used(mimi: Mimi, waves: list[np.ndarray]) -> None:
 
 def test_codebooks_come_closer_to_the_latents(mimi: Mimi, waves: list[np.ndarray]) -> None:
     """What k-means fitted is what the quantizer uses: each acoustic level leaves less of the latents."""
-    heard: list[torch.Tensor] = []
-    part = mimi.model.quantizer.acoustic_residual_vector_quantizer
-    handle = part.input_proj.register_forward_hook(lambda _module, _inputs, output: heard.append(output))
+    part = mimi.network.model.quantizer.acoustic_residual_vector_quantizer
     codes = torch.from_numpy(mimi.encode(waves[:1])[0].astype(np.int64))[None, 1:]
-    handle.remove()
-    left = heard[0]
+    left = part.input_proj(mimi.latents(waves[:1])[0].T[None])
     rest = [left.var().item()]
     for level, layer in enumerate(part.layers):
         left = left - layer.decode(codes[:, level])
