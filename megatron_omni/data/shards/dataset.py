@@ -322,6 +322,16 @@ class ShardedDataset:
                 codes[member.name] = shard.codes(indexed, member, self.codec)
         return SampleArrays(audio, codes)
 
+    @property
+    def folders(self) -> list[tuple[str, int]]:
+        """Name and number of samples of each folder, in order; numbers of samples count through them."""
+        return [(folder.name, int(table.rows["samples"].sum())) for folder, table in zip(self._folders, self._tables, strict=True)]
+
+    @property
+    def shards(self) -> np.ndarray:
+        """``SHARD`` records of all folders, in order."""
+        return np.concatenate([table.rows for table in self._tables])
+
     def shard_of(self, number: int, /) -> str:
         """Path of the tar that holds the sample."""
         return str(self._path_and_record(self._shard_number(number))[0])
