@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_omni", "megatron_omni.*"]),
-    package_data={"megatron_omni": ["py.typed", "**/*.html"]},
+    package_data={"megatron_omni": ["py.typed", "**/*.html", "data/sources/presets/*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

@@ -17,13 +17,14 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import orjson
 import typer
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
 from megatron_omni.runtime.errors import OmniError
@@ -48,6 +49,34 @@ def progress(items: Iterable[Item], description: str, total: float | None = None
     """``items``, with a progress bar on standard error if that is a terminal."""
     console = Console(stderr=True)
     return track(items, description, total=total, console=console, transient=True, disable=not console.is_terminal)
+
+
+class Meter:
+    """A progress bar with a count, the time left and a note."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+    def note(self, text: str) -> None:
+        self._bar.update(self._task, note=text)
+
+
+@contextmanager
+def meter(description: str, total: int) -> Iterator[Meter]:
+    """A ``Meter`` on standard error if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield Meter(bar, bar.add_task(description, total=total, note=""))
 
 
 def to_dict(summary: object) -> dict[str, Any]:

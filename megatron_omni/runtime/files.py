@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 
 def fsync_directory(path: Path) -> None:
@@ -30,10 +31,10 @@ def atomic_open(path: Path, mode: str = "wb") -> Iterator[IO]:  # type: ignore[t
     """Opens a temporary file beside ``path``; on a clean exit it is synced and renamed to ``path``.
 
     On an error the temporary file is removed and ``path`` is untouched. Two writers at once do not mix: the
-    temporary name holds the process id, and the last rename wins with a whole file.
+    temporary name is unique on all machines, and the last rename wins with a whole file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}.tmp")
     try:
         with open(partial, mode) as file:
             yield file

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_omni.data.sources.manifest import Clip, Manifest
+from megatron_omni.data.sources.line import Clip
+from megatron_omni.data.sources.manifest import Manifest
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import Message, Part
 from tests.data.corpus import conversation, write_manifest

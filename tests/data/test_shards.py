@@ -23,6 +23,7 @@ import webdataset
 from megatron_omni.audio.codec import Mimi
 from megatron_omni.audio.waveform import read_audio, read_flac, resample
 from megatron_omni.data.building.builder import build_shards
+from megatron_omni.data.building.codec_choice import CodecChoice
 from megatron_omni.data.shards.dataset import AUDIO_RATE, ShardedDataset, ShardTable, write_table
 from megatron_omni.data.shards.verify import verify_shards
 from megatron_omni.data.shards.writer import ShardWriter
@@ -65,12 +66,12 @@ def test_samples_come_back_as_the_manifest_has_them(built: Path, corpus: tuple[P
         assert sample.num_samples == {name: len(wave) for name, wave in arrays.audio.items()}
         assert sample.num_frames == {name: codes.shape[1] for name, codes in arrays.codes.items()}
         for name, clip in entry.audio.items():
-            wave = resample(*read_audio(clip.path, clip.start, clip.end), AUDIO_RATE)
+            wave = resample(*read_audio(clip.file, clip.start, clip.end), AUDIO_RATE)
             np.testing.assert_allclose(arrays.audio[name], wave.clip(-1, 1), atol=1 / 65536 + 1e-7)
         for name, path in entry.codes.items():
             np.testing.assert_array_equal(arrays.codes[name], np.load(path))
         for name, clip in entry.speech.items():
-            alone = mimi.encode([resample(*read_audio(clip.path, clip.start, clip.end), mimi.sample_rate)])[0]
+            alone = mimi.encode([resample(*read_audio(clip.file, clip.start, clip.end), mimi.sample_rate)])[0]
             np.testing.assert_array_equal(arrays.codes[name], alone)
             assert len(np.unique(alone)) > 3  # codes that say something
     assert data.shard_of(3).endswith("shard-000000.tar") and data.shard_of(4).endswith("shard-000001.tar")
@@ -109,7 +110,7 @@ def test_several_folders_are_one_data_set_and_travel_by_pickle(built: Path, tmp_
     assert [sample.id for sample in data.samples()][9:] == ["utt-9", "x", "x"]
     assert data.shard_of(10).endswith("more/shard-000000.tar")
     assert data.fingerprint != ShardedDataset.open([built]).fingerprint
-    build_shards(manifest, tmp_path / "other", codec, workers=0, num_codebooks=2)
+    build_shards(manifest, tmp_path / "other", CodecChoice(codec, num_codebooks=2), workers=0)
     with pytest.raises(InputError, match="one model speaks one codec"):
         ShardedDataset.open([built, tmp_path / "other"])
 

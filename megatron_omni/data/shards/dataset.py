@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -70,14 +70,6 @@ class Totals(_Record):
     bytes: int
 
 
-class BuildOptions(_Record):
-    """All that a shard depends on beside its slice of the manifest and the files named there."""
-
-    format_version: Literal[1] = 1
-    sample_rate: int = AUDIO_RATE
-    codec: CodecProvenance | None
-
-
 class DatasetInfo(_Record):
     """``dataset.json``."""
 
@@ -87,8 +79,10 @@ class DatasetInfo(_Record):
     codec: CodecProvenance | None
     totals: Totals
     manifest: str
-    """File name."""
+    """Name of the collection."""
     manifest_xxh3: str
+    build: dict[str, Any] = {}
+    """The options that its shards depend on."""
     samples_per_shard: int
     command: str
     versions: dict[str, str]

@@ -3,212 +3,81 @@
 A line is ``{"id": "utt1", "audio": "wavs/utt1.wav", "text": "three five", "task": "transcribe"}``; see ``Line`` for the
 optional keys. Paths are relative to the manifest. A broken manifest (no JSON, an unknown key or task, an id twice) is
 refused whole, before any work. What is wrong with one sample (its audio, its text, its codes) shows when it is built.
+
+Manifests of other makers are JSON lines too (NeMo, Lhotse cuts): with ``columns`` each line is mapped to ours, and one
+that does not fit is rejected alone.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
+import gzip
+import zlib
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import BinaryIO, cast
 
+import fsspec
 import numpy as np
+import orjson
 import xxhash
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from megatron_omni.data.tasks import prompt_for
+from megatron_omni.data.sources.columns import Columns, fallback_id, mapped_entry, sample_id
+from megatron_omni.data.sources.line import Entry, Line, Reject, entry_of, explain
+from megatron_omni.data.sources.source import file_stamps, folder_of, stem_of
 from megatron_omni.runtime.errors import InputError
-from megatron_omni.schema import Message, Part, Role, Sample, Task
 
 MAX_FAULTS = 20
 """Faults that one refusal lists."""
 
-MAX_ID_BYTES = 80
-"""A member's name, the id and its suffix, then fits the 100 bytes of the oldest tar header."""
-
-
-def _check_id(key: str) -> str:
-    if not key or re.search(r"[./\\\s\x00-\x1f\x7f]", key) or key.startswith("__"):
-        raise ValueError("an id names tar members: no dot, slash or blank, not empty, no leading '__'; use '-' or '_' instead")
-    if len(key.encode()) > MAX_ID_BYTES:
-        raise ValueError(f"an id has at most {MAX_ID_BYTES} bytes, this one has {len(key.encode())}; shorten it")
-    return key
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
-
-
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-class AudioPart(_Strict):
-    """A clip that the model hears."""
-
-    type: Literal["audio"]
-    audio: str = Field(min_length=1)
-    start: float | None = None
-    end: float | None = None
-
-
-class CodesPart(_Strict):
-    """Speech that the model says: ready codes (``.npy``), or a clip to be encoded."""
-
-    type: Literal["codes"]
-    codes: str | None = Field(None, min_length=1)
-    audio: str | None = Field(None, min_length=1)
-    start: float | None = None
-    end: float | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> CodesPart:
-        if (self.codes is None) == (self.audio is None):
-            raise ValueError("a codes part has either 'codes' (a .npy file) or 'audio' (a file to encode)")
-        return self
-
-
-class Turn(_Strict):
-    role: Role
-    content: str | list[Annotated[TextPart | AudioPart | CodesPart, Field(discriminator="type")]]
-
-    @model_validator(mode="after")
-    def _parts_fit_the_role(self) -> Turn:
-        kinds = {"text"} if isinstance(self.content, str) else {part.type for part in self.content}
-        if not kinds:
-            raise ValueError("a message has at least one part")
-        if "audio" in kinds and self.role != "user":
-            raise ValueError(
-                f"audio stands in a message of the {self.role}; only the user is heard (an assistant's speech is a codes part)"
-            )
-        if "codes" in kinds and self.role != "assistant":
-            raise ValueError(f"codes stand in a message of the {self.role}; only the assistant speaks in codes")
-        return self
-
-
-class Line(_Strict):
-    """One line of a manifest."""
-
-    id: Annotated[str, AfterValidator(_check_id)] = Field(description="unique in the manifest")
-    task: Task
-    audio: str | None = Field(None, min_length=1, description="file that the user says")
-    start: float | None = Field(None, description="seconds; the audio is cut out of a longer recording")
-    end: float | None = None
-    prompt: str | None = Field(None, description="said after the audio; by default the task's own")
-    text: str | None = Field(None, description="what the assistant answers")
-    target_audio: str | None = Field(None, min_length=1, description="file of the assistant's speech, to be encoded")
-    codes: str | None = Field(None, min_length=1, description="file of the assistant's speech as codes [K, T] (.npy)")
-    messages: list[Turn] | None = Field(None, min_length=1, description="a whole conversation instead of audio, prompt, text and codes")
-    attributes: dict[str, str] = {}
-    source: str | None = Field(None, description="collection it comes from; by default the manifest's name")
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Line:
-        simple = {"audio", "start", "end", "prompt", "text", "target_audio", "codes"}
-        if self.messages is not None:
-            if both := sorted(simple & self.model_fields_set):
-                raise ValueError(f"'messages' holds the whole conversation; move {', '.join(both)} into it")
-            if all(turn.role != "assistant" for turn in self.messages):
-                raise ValueError("the messages have no turn of the assistant; there is nothing to learn")
-            return self
-        if self.audio is None:
-            raise ValueError("no 'audio' (a file) and no 'messages'; give one of them")
-        if self.target_audio is not None and self.codes is not None:
-            raise ValueError("both 'target_audio' and 'codes' are given; keep the one that is right")
-        if self.text is None and self.target_audio is None and self.codes is None:
-            raise ValueError("no 'text', 'target_audio' or 'codes': nothing to learn; give what the assistant answers")
-        return self
-
-    def turns(self) -> list[Turn]:
-        """The line as a conversation: the audio and its prompt, then the text and its speech."""
-        if self.messages is not None:
-            return self.messages
-        heard: list[TextPart | AudioPart | CodesPart] = [AudioPart(type="audio", audio=self.audio or "", start=self.start, end=self.end)]
-        prompt = prompt_for(self.task) if self.prompt is None else self.prompt
-        if prompt:
-            heard.append(TextPart(type="text", text=prompt))
-        said: list[TextPart | AudioPart | CodesPart] = []
-        if self.text is not None:
-            said.append(TextPart(type="text", text=self.text))
-        if self.target_audio is not None or self.codes is not None:
-            said.append(CodesPart(type="codes", codes=self.codes, audio=self.target_audio))
-        return [Turn(role="user", content=heard), Turn(role="assistant", content=said)]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A stretch of an audio file, in seconds; None: from its start, to its end."""
-
-    path: Path
-    start: float | None = None
-    end: float | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A sample whose arrays are still files."""
-
-    line: int
-    """In the manifest, from 1."""
-    sample: Sample
-    """Without lengths."""
-    audio: dict[str, Clip]
-    """What is heard, by name (``audio0``)."""
-    speech: dict[str, Clip]
-    """What is said and has to be encoded, by name (``codes0``)."""
-    codes: dict[str, Path]
-    """What is said and comes as codes, by name (``codes0``)."""
-
-    def files(self) -> list[Path]:
-        return [*(clip.path for clip in (*self.audio.values(), *self.speech.values())), *self.codes.values()]
-
 
 class Manifest:
-    """A manifest whose every line was checked. Only the place of each line is held in memory."""
+    """A ``Source``: JSON lines in a file, plain or gzipped, on disk or behind a URL. Only the place of each line is held in memory."""
 
-    def __init__(self, path: Path, lines: np.ndarray, needs_codec: bool, digest: str) -> None:
+    def __init__(self, path: Path | str, columns: Columns | None, lines: np.ndarray, needs_codec: bool, digest: str) -> None:
         self.path = path
+        self.name = stem_of(path)
+        self.columns = columns
         self._lines = lines
         """int64 [samples, 3]: line number, first byte, byte after the last."""
         self.needs_codec = needs_codec
-        """Whether some line has speech to be encoded, or codes to be checked."""
         self.digest = digest
-        """xxh3-128 of the file, hex."""
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
+    def read(cls, path: Path | str, columns: Columns | None = None) -> Manifest:
         """Checks every line.
+
+        Args:
+            columns: Of another maker's lines; None: the lines are ours.
 
         Raises:
             InputError: No such file, no line in it, or faults, of which the first 20 are named by line.
         """
         faults: list[tuple[int, str]] = []
         lines, ids = array("q"), array("Q")
-        needs_codec, offset, whole = False, 0, xxhash.xxh3_128()
+        needs_codec, offset, whole = columns is not None and columns.needs_codec, 0, xxhash.xxh3_128()
         try:
-            with open(path, "rb") as file:
+            with _open(path) as file:
                 for number, raw in enumerate(file, 1):
                     whole.update(raw)
                     offset += len(raw)
                     if not raw.strip():
                         continue
                     try:
-                        line = _parse(raw)
+                        key, speaks = _key_and_speech(raw, columns, number)
                     except ValidationError as error:
-                        faults += [(number, fault) for fault in _explain(error)]
+                        faults += [(number, fault) for fault in explain(error)]
+                        continue
+                    except ValueError as error:
+                        faults.append((number, f"{error}; a line is one JSON object in UTF-8"))
                         continue
                     lines.extend((number, offset - len(raw), offset))
-                    ids.append(xxhash.xxh3_64_intdigest(line.id.encode()))
-                    needs_codec = needs_codec or any(
-                        not isinstance(turn.content, str) and any(part.type == "codes" for part in turn.content) for turn in line.turns()
-                    )
-        except OSError as error:
-            raise InputError(f"manifest {path}: cannot be read ({error.strerror}); give a file of JSON lines") from error
-        manifest = cls(path, np.array(lines, np.int64).reshape(-1, 3), needs_codec, whole.hexdigest())
+                    ids.append(xxhash.xxh3_64_intdigest(key.encode()))
+                    needs_codec = needs_codec or speaks
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"manifest {path}: cannot be read ({error}); give a file of JSON lines") from error
+        manifest = cls(path, columns, np.array(lines, np.int64).reshape(-1, 3), needs_codec, whole.hexdigest())
         faults += manifest._repeated_ids(np.array(ids, np.uint64))
         if faults:
             faults.sort(key=lambda fault: fault[0])
@@ -222,18 +91,35 @@ class Manifest:
     def __len__(self) -> int:
         return len(self._lines)
 
+    def entries(self, start: int, stop: int) -> list[Entry | Reject]:
+        numbers = self._lines[start:stop, 0].tolist()
+        return [self._entry(raw, number) for raw, number in zip(self.raw(start, stop), numbers, strict=True)]
+
+    def identity(self, start: int, stop: int) -> bytes:
+        files = [file for entry in self.entries(start, stop) if isinstance(entry, Entry) for file in entry.files()]
+        head = f"{self.name} {self._lines[start, 0]} {'' if self.columns is None else self.columns.model_dump_json()}".encode()
+        return b"\n".join([head, file_stamps(files), *self.raw(start, stop)])
+
     def raw(self, start: int, stop: int) -> list[bytes]:
         """The lines of samples ``start .. stop - 1`` as they stand in the file."""
-        with open(self.path, "rb") as file:
-            file.seek(self._lines[start, 1])
-            block = file.read(int(self._lines[stop - 1, 2] - self._lines[start, 1]))
+        self._file.seek(int(self._lines[start, 1]))
+        block = self._file.read(int(self._lines[stop - 1, 2] - self._lines[start, 1]))
         places = self._lines[start:stop, 1:] - self._lines[start, 1]
         return [block[first:last] for first, last in places.tolist()]
 
-    def entries(self, start: int, stop: int) -> list[Entry]:
-        """Samples ``start .. stop - 1``."""
-        numbers = self._lines[start:stop, 0].tolist()
-        return [_entry(_parse(raw), number, self.path) for raw, number in zip(self.raw(start, stop), numbers, strict=True)]
+    @cached_property
+    def _file(self) -> BinaryIO:
+        """Kept open: in a gzipped file every way back begins at its start."""
+        return _open(self.path)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
+
+    def _entry(self, raw: bytes, number: int) -> Entry | Reject:
+        base = folder_of(self.path)
+        if self.columns is None:
+            return entry_of(Line.model_validate_json(raw), number, base, self.name)
+        return mapped_entry(orjson.loads(raw), self.columns, number, base, self.name)
 
     def _repeated_ids(self, hashes: np.ndarray) -> list[tuple[int, str]]:
         """Finds ids that occur twice; equal hashes are looked up, since different ids may share one."""
@@ -241,63 +127,26 @@ class Manifest:
         same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
         faults = []
         for first, second in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
-            earlier, later = (_parse(self.raw(sample, sample + 1)[0]).id for sample in (first, second))
+            lines = [int(self._lines[sample, 0]) for sample in (first, second)]
+            raw = [self.raw(sample, sample + 1)[0] for sample in (first, second)]
+            earlier, later = (_key_and_speech(content, self.columns, line)[0] for content, line in zip(raw, lines, strict=True))
             if earlier == later:
-                line = int(self._lines[first, 0])
-                faults.append((int(self._lines[second, 0]), f"id {later!r} is that of line {line} too; ids are unique: rename or drop one"))
+                faults.append((lines[1], f"id {later!r} is that of line {lines[0]} too; ids are unique: rename or drop one"))
         return faults
 
 
-def _parse(raw: bytes) -> Line:
-    return Line.model_validate_json(raw)
+def _open(path: Path | str) -> BinaryIO:
+    file = fsspec.open(str(path), "rb").open()
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file) if str(path).endswith(".gz") else file)
 
 
-def _entry(line: Line, number: int, manifest: Path) -> Entry:
-    folder = manifest.parent
-    audio: dict[str, Clip] = {}
-    speech: dict[str, Clip] = {}
-    codes: dict[str, Path] = {}
-    messages = []
-    for turn in line.turns():
-        parts = []
-        for part in [TextPart(type="text", text=turn.content)] if isinstance(turn.content, str) else turn.content:
-            if isinstance(part, TextPart):
-                parts.append(Part("text", part.text))
-            elif isinstance(part, AudioPart):
-                parts.append(Part("audio", f"audio{len(audio)}"))
-                audio[parts[-1].value] = Clip(folder / part.audio, part.start, part.end)
-            else:
-                parts.append(Part("codes", f"codes{len(speech) + len(codes)}"))
-                if part.codes is not None:
-                    codes[parts[-1].value] = folder / part.codes
-                elif part.audio is not None:
-                    speech[parts[-1].value] = Clip(folder / part.audio, part.start, part.end)
-        messages.append(Message(turn.role, tuple(parts)))
-    source = manifest.stem if line.source is None else line.source
-    sample = Sample(line.id, line.task, source, tuple(messages), attributes=line.attributes)
-    return Entry(number, sample, audio, speech, codes)
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """Each fault of a line in words: what, got, expected."""
-    faults = []
-    for fault in error.errors(include_url=False):
-        where = ".".join(str(step) for step in fault["loc"])
-        if fault["type"] == "json_invalid":
-            faults.append(f"{fault['msg']}; a line is one JSON object in UTF-8")
-        elif fault["type"] == "extra_forbidden":
-            faults.append(f"unknown key {where!r}; {_nearest(fault['loc'])}")
-        elif fault["type"] == "missing":
-            faults.append(f"key {where!r} is missing")
-        else:
-            got = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r:.80}"
-            faults.append(f"{where + ': ' if where else ''}{fault['msg'].removeprefix('Value error, ')}{got}")
-    return faults
-
-
-def _nearest(location: Sequence[Any]) -> str:
-    known = (
-        list(Line.model_fields) if len(location) == 1 else sorted({*Turn.model_fields, *AudioPart.model_fields, *CodesPart.model_fields})
-    )
-    close = difflib.get_close_matches(str(location[-1]), known, 1)
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+def _key_and_speech(raw: bytes, columns: Columns | None, number: int) -> tuple[str, bool]:
+    """The id of a line, and whether it has speech to learn."""
+    if columns is not None:
+        record = orjson.loads(raw)
+        if not isinstance(record, dict):
+            raise ValueError(f"holds {type(record).__name__}")
+        return sample_id(record, columns, fallback_id(number)), columns.needs_codec
+    line = Line.model_validate_json(raw)
+    parts = [part for turn in line.turns() if not isinstance(turn.content, str) for part in turn.content]
+    return line.id, any(part.type == "codes" for part in parts)
