@@ -94,6 +94,7 @@ def test_without_the_package_the_way_out_is_named(folder: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", ["transformers", "moshi"])
 def test_batched_equals_single_at_published_size(backend: str, tmp_path: Path) -> None:
     """200 clips of 0.05-20 s through 80 million random weights; only ties may differ."""

@@ -5,18 +5,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
-import psutil
 import pytest
 import webdataset
 
@@ -119,71 +114,6 @@ def test_an_index_is_read_only_when_it_is_needed(built: Path, tmp_path: Path) ->
     copy = copy_of(built, tmp_path / "copy")
     (copy / "shard-000002.index").unlink()
     assert ShardedDataset.open([copy]).sample(0).id == "utt-0"
-
-
-# --------------------------------------------------------------------------- the same bytes
-
-
-def test_processes_do_not_show(built: Path, corpus: tuple[Path, list[dict[str, Any]]], codec: Path, tmp_path: Path) -> None:
-    build_shards(corpus[0], tmp_path / "out", codec, samples_per_shard=4, workers=2)
-    assert files_of(tmp_path / "out") == files_of(built)
-
-
-def test_a_restart_builds_what_is_missing_and_only_that(
-    built: Path, corpus: tuple[Path, list[dict[str, Any]]], codec: Path, tmp_path: Path
-) -> None:
-    out = copy_of(built, tmp_path / "out")
-    kept = (out / "shard-000001.tar").stat()
-    (out / "shard-000000.tar").unlink()
-    (out / "shard-000002.receipt.json").unlink()
-    (out / ".shard-000000.tar.1.tmp").write_bytes(b"half")
-    old = out / ".shard-000002.tar.2.tmp"
-    old.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    build_shards(corpus[0], out, codec, samples_per_shard=4, workers=0)
-    assert files_of(out) == files_of(built)
-    assert (out / "shard-000001.tar").stat().st_ino == kept.st_ino
-    assert not old.exists()  # and the other may be the work of another builder
-
-
-def test_damaged_shards_are_built_again(built: Path, corpus: tuple[Path, list[dict[str, Any]]], codec: Path, tmp_path: Path) -> None:
-    out = copy_of(built, tmp_path / "out")
-    flip_bit(out / "shard-000000.tar", 600)
-    flip_bit(out / "shard-000001.index", 100)
-    flip_bit(out / "shard-000002.receipt.json", 20)
-    (out / "shards.bin").unlink()
-    build_shards(corpus[0], out, codec, samples_per_shard=4, workers=0)
-    assert files_of(out) == files_of(built)
-
-
-def test_other_inputs_build_again(tmp_path: Path) -> None:
-    lines = [{"id": f"u{n}", "audio": "a.wav", "text": "x", "task": "answer"} for n in range(3)]
-    write_wave(tmp_path / "a.wav", 0.1)
-    out = tmp_path / "out"
-    build_shards(write_manifest(tmp_path / "m.jsonl", lines), out, None, samples_per_shard=1, workers=0)
-    write_wave(tmp_path / "a.wav", 0.2)  # a recording is corrected, a text too, and a line is dropped
-    lines[1]["text"] = "y"
-    summary = build_shards(write_manifest(tmp_path / "m.jsonl", lines[:2]), out, None, samples_per_shard=1, workers=0)
-    assert summary.shards == 2 and sorted(path.name for path in out.glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
-    data = ShardedDataset.open([out])
-    assert [sample.num_samples["audio0"] for sample in data.samples()] == [3200, 3200]
-    assert data.sample(1).messages[1].content[0].value == "y"
-
-
-def test_killed_anywhere_and_started_again(built: Path, corpus: tuple[Path, list[dict[str, Any]]], codec: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ["--manifest", corpus[0], "--out", out, "--codec", codec, "--samples-per-shard", 4, "--workers", 1]
-    command = [sys.executable, "tools/make_shards.py", *map(str, arguments)]
-    killed = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not (out / "shard-000000.receipt.json").exists() and time.monotonic() < end:
-        time.sleep(0.005)
-    family = psutil.Process(killed.pid).children(recursive=True)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not psutil.wait_procs(family, timeout=30)[1]  # nobody lives on
-    build_shards(corpus[0], out, codec, samples_per_shard=4, workers=0)
-    assert files_of(out) == files_of(built)
 
 
 # --------------------------------------------------------------------------- wrong input
