@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_omni.config.model import ModelConfig, Strict
 from megatron_omni.runtime.errors import InputError
-from megatron_omni.schema import RowShape
+from megatron_omni.schema import RowShape, Task
 
 
 class WandbConfig(Strict):
@@ -28,9 +28,29 @@ class RunConfig(Strict):
     wandb: WandbConfig = WandbConfig()
 
 
+class MixtureConfig(Strict):
+    """How much of each data set and task an epoch holds; by default every sample once (``data.rows.mixture``)."""
+
+    by: Literal["epochs", "tokens"] = Field(
+        "epochs", description="what amounts count: passes over the samples, or LLM positions, of which only the ratios matter"
+    )
+    datasets: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="amount by data set, as data.train names it; 1 where none is given, 0 leaves it out"
+    )
+    tasks: dict[Task, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="factor on a task's part of every data set; 1 where none is given, 0 leaves it out"
+    )
+    temperature: float = Field(1.0, gt=0, description="amounts of LLM positions are raised to one over it: above 1 it evens them out")
+
+
 class DataConfig(Strict):
     train: tuple[Path, ...] = Field(min_length=1, description="shard folders, read as one data set")
     tokenizer: Path = Field(description="folder written by tools/prepare_tokenizer.py")
+    mixture: MixtureConfig = MixtureConfig()
+    long_samples: Literal["refuse", "drop", "split"] = Field(
+        "refuse", description="those that no row holds: refuse them, leave them out, or split them between exchanges of a conversation"
+    )
+    plan: Path | None = Field(None, description="folder written by tools/pack_sequences.py; null: rows are planned as they are needed")
     virtual_streams: int = Field(64, ge=1, description="independent streams of rows; data-parallel sizes divide it; it fixes the order")
     num_workers: int = Field(1, ge=0, description="processes per rank that read shards and pack rows; 0: in the rank itself")
 

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_omni.data.rows.plan import EpochPlan, Fill, PlanFingerprint, RowPlan, capacity, plan_window, require_fit
+from megatron_omni.data.rows.bins import pack
+from megatron_omni.data.rows.plan import Fill, PlanFingerprint, RowPlan, capacity, plan_window, require_fit
+from megatron_omni.data.rows.saved import SavedPlan
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import RowShape
 
@@ -55,8 +57,8 @@ def test_fill_of_speech_like_lengths() -> None:
     seconds = np.random.default_rng(0).uniform(2, 16, 20_000)
     demands = speech_like(20_000, seconds)
     shape = RowShape(seq=8192, codec=4096, encoder=28672, spoken=2048, supervised=2048)
-    plan = RowPlan(demands, shape, seed=0).epoch(0)
-    fill = Fill.of(demands.sum(0), shape, len(plan.rows) - 1)
+    rows = RowPlan(demands, shape, seed=0).window(0)
+    fill = Fill.of(demands.sum(0), shape, len(rows))
     assert fill.scarcest == "seq"
     assert fill.binding == fill.tokens >= 0.99
     assert fill.codec == 0
@@ -115,24 +117,67 @@ def test_a_sample_too_long_is_refused_by_name() -> None:
     require_fit(demands[:7], SHAPE, lambda number: f"utt{number}")
 
 
+@pytest.mark.parametrize(("competing", "fill"), [(1.25, 0.99), (1.05, 0.99), (1.02, 0.99), (1.0, 0.98)])
+def test_rows_are_full_where_several_resources_are_scarce(competing: float, fill: float) -> None:
+    """Half transcription, half spoken answers; every other resource is provided for almost, or just, as tightly as positions."""
+    random = np.random.default_rng(2)
+    demands = speech_like(30_000, random.uniform(1, 12, 30_000))
+    spoken = random.random(30_000) < 0.5
+    demands[spoken, 3] = demands[spoken, 4]
+    demands[spoken, 1] = demands[spoken, 4] + (random.uniform(1, 12, spoken.sum()) * 12.5).astype(np.int32)
+    limits = np.ceil(8192 * demands.sum(0) / demands[:, 0].sum() * competing).astype(int)
+    shape = RowShape(8192, *limits[1:].tolist())
+    rows = plan_window(demands, shape)
+    assert Fill.of(demands.sum(0), shape, len(rows)).binding >= fill
+
+
+def test_rows_cost_about_the_same() -> None:
+    demands = speech_like(20_000, np.random.default_rng(0).uniform(2, 16, 20_000))
+    shape = RowShape(seq=8192, codec=4096, encoder=28672, spoken=2048, supervised=2048)
+    costs = np.array([(demands[row, 0].astype(float) ** 2).sum() for row in plan_window(demands, shape)])
+    assert costs.std() / costs.mean() < 0.1
+
+
+def test_few_samples_per_row_are_packed_by_best_fit() -> None:
+    """Where dealing cannot fill rows: pairs that only fit with their partner."""
+    large = np.random.default_rng(0).integers(501, 900, 300)
+    demands = np.zeros((600, 5), np.int32)
+    demands[:, 0] = np.concatenate([large, 1000 - large])
+    assert len(pack(demands, np.array([1000, 1, 1, 1, 1]))) <= 303
+
+
+def test_samples_without_any_demand_and_of_whole_rows() -> None:
+    demands = np.zeros((5, 5), np.int32)
+    assert [len(row) for row in pack(demands, capacity(SHAPE))] == [5]
+    whole = np.tile(capacity(SHAPE), (3, 1))
+    assert sorted(len(row) for row in pack(np.concatenate([whole, demands]), capacity(SHAPE)))[-1] <= 6
+    assert len(pack(whole, capacity(SHAPE))) == 3
+
+
 def test_a_saved_plan_is_the_lazy_one(tmp_path: Path) -> None:
     lazy = RowPlan(random_demands(2000, 0), SHAPE, seed=0, window_rows=64)
-    lazy.epoch(1).save(tmp_path, FINGERPRINT, 1)
-    saved = EpochPlan.load(tmp_path, FINGERPRINT)
-    assert len(saved.windows) == lazy.windows_per_epoch + 1
-    for number in range(lazy.windows_per_epoch):
-        expected = lazy.window(lazy.windows_per_epoch + number)
-        assert [row.tolist() for row in saved.window(number)] == [row.tolist() for row in expected]
+    SavedPlan.compute(lazy, range(1, 3)).save(tmp_path, FINGERPRINT)
+    saved = SavedPlan.load(tmp_path, FINGERPRINT, lazy)
+    assert len(saved.windows) == 2 * lazy.windows_per_epoch + 1
+    forgetful = dataclasses.replace(saved, lazy=dataclasses.replace(lazy, seed=99))
+    for ordinal in range(4 * lazy.windows_per_epoch):
+        expected = [row.tolist() for row in lazy.window(ordinal)]
+        assert [row.tolist() for row in saved.window(ordinal)] == expected
+        inside = lazy.windows_per_epoch <= ordinal < 3 * lazy.windows_per_epoch
+        assert ([row.tolist() for row in forgetful.window(ordinal)] == expected) == inside  # it was read, not computed
 
 
 def test_a_foreign_or_damaged_plan_is_refused(tmp_path: Path) -> None:
+    lazy = RowPlan(random_demands(20, 0), SHAPE, seed=0)
     with pytest.raises(InputError, match="no row plan in"):
-        EpochPlan.load(tmp_path, FINGERPRINT)
-    RowPlan(random_demands(20, 0), SHAPE, seed=0).epoch(0).save(tmp_path, FINGERPRINT, 0)
+        SavedPlan.load(tmp_path, FINGERPRINT, lazy)
+    SavedPlan.compute(lazy, range(1)).save(tmp_path, FINGERPRINT)
     with pytest.raises(InputError, match="seed: 1 there, 2 now"):
-        EpochPlan.load(tmp_path, dataclasses.replace(FINGERPRINT, seed=2))
+        SavedPlan.load(tmp_path, dataclasses.replace(FINGERPRINT, seed=2), lazy)
+    with pytest.raises(InputError, match="mixture:  there, abc now"):
+        SavedPlan.load(tmp_path, dataclasses.replace(FINGERPRINT, mixture="abc"), lazy)
     data = bytearray((tmp_path / "samples.npy").read_bytes())
     data[-3] ^= 1
     (tmp_path / "samples.npy").write_bytes(data)
     with pytest.raises(InputError, match=r"samples\.npy is not what"):
-        EpochPlan.load(tmp_path, FINGERPRINT)
+        SavedPlan.load(tmp_path, FINGERPRINT, lazy)

@@ -13,8 +13,8 @@ import soundfile
 
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.data.building.builder import build_shards
-from megatron_omni.data.rows.demands import measure, plan_fingerprint
-from megatron_omni.data.rows.plan import EpochPlan, RowPlan
+from megatron_omni.data.rows.pack import RowSettings, plan_rows
+from megatron_omni.data.rows.saved import SavedPlan
 from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tokenizer import OmniTokenizer, prepare_tokenizer
 from megatron_omni.demo.train_tokenizer import train_bpe
@@ -55,11 +55,12 @@ def test_writes_the_plan_that_the_stream_computes(made: Path, tmp_path: Path, mo
     summary = json.loads(done.stdout)
     shape = RowShape(seq=96, codec=8, encoder=320, spoken=96, supervised=128)
     data, tokenizer = ShardedDataset.open([made / "shards"]), OmniTokenizer.load(made / "tokenizer")
-    geometry = EncoderGeometry(160, (1, 2), 4)
-    plan = EpochPlan.load(tmp_path / "plan", plan_fingerprint(data, tokenizer, geometry, shape, 0, seed=7))
-    table = measure(data, tokenizer, geometry, 0).table
-    lazy = RowPlan(table, shape, seed=7).window(2)
-    assert [row.tolist() for row in plan.window(0)] == [row.tolist() for row in lazy]
+    planned = plan_rows(data, tokenizer, RowSettings(EncoderGeometry(160, (1, 2), 4), shape, 0, seed=7))
+    saved = SavedPlan.load(tmp_path / "plan", planned.fingerprint, planned.plan)
+    table = planned.selection.demands.table
+    lazy = planned.plan.window(2)
+    assert saved.first == 2 and len(saved.windows) == 2
+    assert [row.tolist() for row in saved.window(2)] == [row.tolist() for row in lazy]
     assert summary["samples"] == 30
     assert summary["rows"] == len(lazy)
     assert summary["fill"]["tokens"] == pytest.approx(table[:, 0].sum() / (96 * len(lazy)))

@@ -1,32 +1,27 @@
 """The row plan: which samples share which row, in which order; pure functions of numbers, no audio, no processes.
 
-An epoch is a seeded permutation of the samples, cut into windows of at least ``window_rows`` rows' worth of them.
-A window is packed by best-fit-decreasing over all capacities of a row (Panigrahy et al. 2011, "Heuristics for Vector
-Bin Packing"), which puts like samples together. Its rows then follow each other by a golden-ratio sequence over the
-ranks of their costs: rows at the same place of two windows cost about the same, so streams that walk in step are
-balanced, while any few rows in a row cover cheap and dear ones alike, so no step trains on one kind of sample only.
-Windows do not know of each other: any rank plans any window alone.
+A window is at least ``window_rows`` rows' worth of the samples that the mixture draws, packed (``bins``). Its rows follow
+each other by a golden-ratio sequence over the ranks of their costs: rows at the same place of two windows cost about the
+same, so streams that walk in step are balanced, while any few rows in a row cover cheap and dear ones alike, so no step
+trains on one kind of sample only. Windows do not know of each other: any rank plans any window alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
-import orjson
-import xxhash
 
+from megatron_omni.data.rows.bins import pack
+from megatron_omni.data.rows.mixture import Mixture
 from megatron_omni.runtime.errors import InputError
-from megatron_omni.runtime.files import atomic_open, atomic_write
-from megatron_omni.runtime.seeds import rng
 from megatron_omni.schema import RowShape
 
-PLANNER_VERSION = 1
+PLANNER_VERSION = 2
 """Raised whenever the same inputs would give other rows."""
 
 RESOURCES = tuple(field.name for field in dataclasses.fields(RowShape))
@@ -36,6 +31,7 @@ WINDOW_ROWS = 512
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 """Its multiples modulo 1 are spread evenly, however many of them are taken."""
 _NAMED = 20  # how many offenders a message lists
+_FULL = 1 << 12  # a full row in the integers that costs are compared in: ranks with other processors must agree
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,9 @@ class PlanFingerprint:
     acoustic_delay: int
     seed: int
     window_rows: int
+    mixture: str = ""
+    """``Mixture.fingerprint``."""
+    long_samples: str = "refuse"
     planner: int = PLANNER_VERSION
 
     def require(self, other: PlanFingerprint, whose: str) -> None:
@@ -87,21 +86,34 @@ def capacity(shape: RowShape) -> np.ndarray:
     return np.array(dataclasses.astuple(shape), np.int64)
 
 
+def too_long(demands: np.ndarray, shape: RowShape) -> np.ndarray:
+    """int64: the samples of ``demands`` (int [n, 5]) that no row holds, ascending."""
+    limits, step = capacity(shape), 1 << 20  # a slice at a time: the table may be mapped and large
+    found = [start + np.flatnonzero((demands[start : start + step] > limits).any(1)) for start in range(0, len(demands), step)]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
 def require_fit(demands: np.ndarray, shape: RowShape, key: Callable[[int], str]) -> None:
     """``InputError`` that lists the samples (``key(i)`` names one) which no row can hold, with what they need."""
-    over = demands > capacity(shape)
-    offenders = np.flatnonzero(over.any(1))
-    if len(offenders) == 0:
-        return
+    offenders = too_long(demands, shape)
+    if len(offenders):
+        raise InputError(
+            f"{describe_too_long(demands, offenders, shape, key)}; enlarge the row, or set data.long_samples to drop or split them"
+        )
+
+
+def describe_too_long(demands: np.ndarray, offenders: np.ndarray, shape: RowShape, key: Callable[[int], str]) -> str:
+    """Names the first of the ``offenders`` with what they need, and the largest demands among them."""
+    needs = demands[offenders]
+    over = needs > capacity(shape)
     lines = []
-    for sample in offenders[:_NAMED].tolist():
-        needs = ", ".join(f"{RESOURCES[d]} {demands[sample, d]}" for d in np.flatnonzero(over[sample]))
-        lines.append(f"{key(sample)} ({needs})")
-    largest = ", ".join(f"{name} {value}" for name, value in zip(RESOURCES, demands.max(0).tolist(), strict=True))
+    for number, need, exceeds in zip(offenders[:_NAMED].tolist(), needs, over, strict=False):
+        lines.append(f"{key(number)} ({', '.join(f'{RESOURCES[d]} {need[d]}' for d in np.flatnonzero(exceeds))})")
+    largest = ", ".join(f"{name} {value}" for name, value in zip(RESOURCES, needs.max(0).tolist(), strict=True))
     more = f" and {len(offenders) - _NAMED} more" if len(offenders) > _NAMED else ""
-    raise InputError(
+    return (
         f"{len(offenders)} of {len(demands)} samples do not fit into a row of {dataclasses.asdict(shape)}: {'; '.join(lines)}{more}; "
-        f"the largest demands are {largest}: enlarge the row, or remove these samples"
+        f"the largest demands are {largest}"
     )
 
 
@@ -114,53 +126,29 @@ def plan_window(demands: np.ndarray, shape: RowShape) -> list[np.ndarray]:
     Returns:
         Rows as int64 arrays of sample numbers within the window, in training order.
     """
-    load = demands / capacity(shape)
-    scarcity = load.sum(0) / max(load.sum(0).max(), 1e-12)
-    rows = _best_fit_decreasing(demands, capacity(shape), int(np.argmax(scarcity)), load @ scarcity**2)
+    rows = pack(demands, capacity(shape))
     # The row's shape is fixed, so its cost varies with attention: quadratic in LLM, codec decoder and encoder.
-    cost_of_sample = (load[:, :3] ** 2).sum(1)
+    load = demands[:, :3].astype(np.int64) * _FULL // capacity(shape)[:3]
+    cost_of_sample = (load**2).sum(1)
     ranked = np.argsort([cost_of_sample[row].sum() for row in rows], kind="stable")
     quantile = np.arange(len(rows)) * GOLDEN_RATIO % 1
     return [rows[number] for number in ranked[quantile.argsort().argsort()]]
 
 
-def _best_fit_decreasing(demands: np.ndarray, limits: np.ndarray, binding: int, size: np.ndarray) -> list[np.ndarray]:
-    """Largest sample first, each into the row with the least of the ``binding`` resource left that still holds it.
+class Plan(Protocol):
+    """An endless sequence of windows of rows: computed (``RowPlan``), saved (``SavedPlan``) or with the samples themselves
+    (``MaterializedRows``)."""
 
-    A plain loop over integers: per sample one bisection of the rows, sorted by what they have left, and one comparison
-    of all resources at once. For that the resources stand side by side in one integer, 32 bits each, topped by a guard
-    bit that a subtraction clears exactly if that resource does not suffice.
-    """
-    shifts = [33 * number for number in range(len(limits))]
-    guards = sum(1 << (shift + 32) for shift in shifts)
+    @property
+    def demands(self) -> np.ndarray: ...
 
-    def packed(vector: list[int]) -> int:
-        return sum(value << shift for value, shift in zip(vector, shifts, strict=True))
+    @property
+    def shape(self) -> RowShape: ...
 
-    empty = packed(limits.tolist()) | guards
-    free: list[int] = []  # by row
-    members: list[list[int]] = []  # by row
-    left: list[int] = []  # of the binding resource, ascending
-    row_at: list[int] = []  # the row that has it
-    order = np.argsort(-size, kind="stable")
-    for sample, vector in zip(order.tolist(), demands[order].tolist(), strict=True):
-        need = packed(vector)
-        for place in range(bisect_left(left, vector[binding]), len(left)):
-            row = row_at[place]
-            if (free[row] - need) & guards == guards:
-                room = left.pop(place) - vector[binding]
-                row_at.pop(place)
-                break
-        else:
-            row, room = len(free), int(limits[binding]) - vector[binding]
-            free.append(empty)
-            members.append([])
-        free[row] -= need
-        members[row].append(sample)
-        place = bisect_left(left, room)
-        left.insert(place, room)
-        row_at.insert(place, row)
-    return [np.array(row, np.int64) for row in members]
+    @property
+    def windows_per_epoch(self) -> int: ...
+
+    def window(self, ordinal: int) -> list[np.ndarray]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,81 +156,25 @@ class RowPlan:
     """The endless sequence of windows, counted across epochs. Samples that no row holds must be refused before."""
 
     demands: np.ndarray
-    """int [samples, 5]."""
+    """int [samples, 5]; may be mapped."""
     shape: RowShape
     seed: int
     window_rows: int = WINDOW_ROWS
+    mixture: Mixture | None = None
+    """None: every sample once per epoch."""
 
     @cached_property
     def windows_per_epoch(self) -> int:
-        rows = (self.demands.sum(0) / capacity(self.shape)).max()
-        return max(1, int(rows) // self.window_rows)
+        rows = int((self._mixture.demand // capacity(self.shape)).max())
+        return max(1, rows // self.window_rows)
 
     def window(self, ordinal: int) -> list[np.ndarray]:
-        """Rows of sample numbers; each sample is in exactly one row of one window of each epoch."""
-        epoch, number = divmod(ordinal, self.windows_per_epoch)
-        start, stop = (len(self.demands) * edge // self.windows_per_epoch for edge in (number, number + 1))
-        samples = _epoch_order(self.seed, epoch, len(self.demands))[start:stop]
+        """Rows of sample numbers; the windows of an epoch together hold each sample as often as the mixture draws it."""
+        samples = self._mixture.drawn(self.seed, self.windows_per_epoch, ordinal)
         return [samples[row] for row in plan_window(self.demands[samples], self.shape)]
 
-    def epoch(self, epoch: int) -> EpochPlan:
-        first = epoch * self.windows_per_epoch
-        return EpochPlan.of([self.window(ordinal) for ordinal in range(first, first + self.windows_per_epoch)])
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    return rng(seed, "epoch", epoch).permutation(num_samples)
-
-
-@dataclass(frozen=True, eq=False)
-class EpochPlan:
-    """One epoch's rows as three flat arrays, as they are saved."""
-
-    samples: np.ndarray
-    """int64: sample numbers, row after row."""
-    rows: np.ndarray
-    """int64 [rows + 1]: where each row begins in ``samples``."""
-    windows: np.ndarray
-    """int64 [windows + 1]: where each window begins in ``rows``."""
-
-    @classmethod
-    def of(cls, windows: Sequence[Sequence[np.ndarray]]) -> EpochPlan:
-        rows = [row for window in windows for row in window]
-        return cls(
-            np.concatenate([np.empty(0, np.int64), *rows]),
-            np.cumsum([0, *map(len, rows)], dtype=np.int64),
-            np.cumsum([0, *map(len, windows)], dtype=np.int64),
-        )
-
-    def window(self, number: int) -> list[np.ndarray]:
-        """The rows of a window, as ``RowPlan.window`` gives them."""
-        first, last = self.windows[number : number + 2]
-        return [self.samples[start:stop] for start, stop in zip(self.rows[first:last], self.rows[first + 1 : last + 1], strict=True)]
-
-    def save(self, folder: Path, fingerprint: PlanFingerprint, epoch: int) -> None:
-        """Writes three .npy files and, last, ``plan.json``: without it there is no plan."""
-        (folder / "plan.json").unlink(missing_ok=True)
-        for name, array in self._arrays().items():
-            with atomic_open(folder / f"{name}.npy") as file:
-                np.save(file, array, allow_pickle=False)
-        hashes = {name: xxhash.xxh3_128_hexdigest(array.tobytes()) for name, array in self._arrays().items()}
-        description = {"fingerprint": dataclasses.asdict(fingerprint), "epoch": epoch, "xxh3": hashes}
-        atomic_write(folder / "plan.json", orjson.dumps(description, option=orjson.OPT_INDENT_2))
-
-    @classmethod
-    def load(cls, folder: Path, fingerprint: PlanFingerprint) -> EpochPlan:
-        """``InputError`` where no whole plan is, or one of another ``fingerprint``."""
-        try:
-            description = orjson.loads((folder / "plan.json").read_bytes())
-            arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in description["xxh3"]}
-        except (OSError, ValueError) as error:
-            raise InputError(f"no row plan in {folder}: {error}; write one with tools/pack_sequences.py") from error
-        for name, array in arrays.items():
-            if xxhash.xxh3_128_hexdigest(array.tobytes()) != description["xxh3"][name]:
-                raise InputError(f"{folder / name}.npy is not what plan.json describes; write the plan again with tools/pack_sequences.py")
-        PlanFingerprint(**description["fingerprint"]).require(fingerprint, str(folder))
-        return cls(**arrays)
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        return {"samples": self.samples, "rows": self.rows, "windows": self.windows}
+    @cached_property
+    def _mixture(self) -> Mixture:
+        if self.mixture is not None:
+            return self.mixture
+        return Mixture.whole(len(self.demands), self.demands.sum(0, dtype=np.int64))

@@ -316,10 +316,15 @@ class ShardedDataset:
                 codes[member.name] = shard.codes(indexed, member, self.codec)
         return SampleArrays(audio, codes)
 
+    def members(self, number: int, /) -> Iterator[tuple[Member, bytes]]:
+        """The sample's files as they lie in its tar; raises ``WorkError`` where one is not what was written."""
+        shard, indexed = self._find(number)
+        return ((member, bytes(shard.read(indexed, member))) for member in indexed.members)
+
     @property
     def folders(self) -> list[tuple[str, int]]:
-        """Name and number of samples of each folder, in order; numbers of samples count through them."""
-        return [(folder.name, int(table.rows["samples"].sum())) for folder, table in zip(self._folders, self._tables, strict=True)]
+        """Place and number of samples of each data set, in order; numbers of samples count through them."""
+        return [(str(folder), int(table.rows["samples"].sum())) for folder, table in zip(self._folders, self._tables, strict=True)]
 
     @property
     def shards(self) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -48,10 +48,14 @@ class ShardWriter:
             audio: FLAC files by name.
             codes: uint16 [K, T] by name.
         """
-        members = [self._member(sample.id, "json", orjson.dumps(sample.to_json()), 0)]
-        members += [self._member(sample.id, f"{name}.flac", data, sample.num_samples[name]) for name, data in audio.items()]
-        members += [self._member(sample.id, f"{name}.npy", _npy(array), sample.num_frames[name]) for name, array in codes.items()]
-        self.samples.append(IndexedSample(sample.id, sample.task, tuple(members)))
+        members = [("json", orjson.dumps(sample.to_json()), 0)]
+        members += [(f"{name}.flac", data, sample.num_samples[name]) for name, data in audio.items()]
+        members += [(f"{name}.npy", _npy(array), sample.num_frames[name]) for name, array in codes.items()]
+        self.add_members(sample.id, sample.task, members)
+
+    def add_members(self, key: str, task: str, members: Iterable[tuple[str, bytes, int]]) -> None:
+        """Appends a sample of ready files: suffix, bytes and length of each."""
+        self.samples.append(IndexedSample(key, task, tuple(self._member(key, *member) for member in members)))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
