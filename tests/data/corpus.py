@@ -15,9 +15,9 @@ from transformers import MimiConfig, MimiModel
 K, CARD = 4, 16
 
 
-def save_tiny_mimi(folder: Path) -> Path:
+def save_tiny_mimi(folder: Path, seed: int = 0) -> Path:
     """A Mimi of 126 k random weights at the published rates, whose codebooks are spread so that codes vary."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = MimiConfig(
         hidden_size=32,
         upsample_groups=32,

@@ -102,7 +102,7 @@ def finish(out: Output, source: Source, options: BuildOptions, slices: Sequence[
         versions=_versions(),
         table_sha256=hashlib.sha256(table).hexdigest(),
     )
-    out.write("dataset.json", info.model_dump_json(indent=2).encode() + b"\n")
+    out.write("dataset.json", info.to_json())
     share = totals.rejected / len(source)
     if share > max_reject_rate:
         summary.faults.append(

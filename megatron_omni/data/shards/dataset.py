@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_omni.audio.waveform import read_audio, resample
 from megatron_omni.config.model import CodecConfig
-from megatron_omni.data.shards.index import IndexedSample, Member, ShardIndex
+from megatron_omni.data.shards.index import BESIDE, IndexedSample, Member, ShardIndex
 from megatron_omni.data.shards.sections import SPAN, TEXT, Strings, open_sections, text_at, to_bytes
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.runtime.files import sha256_file
@@ -88,13 +88,26 @@ class DatasetInfo(_Record):
     versions: dict[str, str]
     table_sha256: str
     """Of ``shards.bin``."""
+    checksum: str = ""
+    """xxh3-128 of all of the above, hex."""
+
+    def to_json(self) -> bytes:
+        """The file, with its checksum."""
+        sealed = self.model_copy(update={"checksum": self._digest()})
+        return sealed.model_dump_json(indent=2).encode() + b"\n"
+
+    def _digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(self.model_dump_json(exclude={"checksum"}).encode())
 
     @classmethod
     def read(cls, folder: Path) -> DatasetInfo:
         """Raises ``InputError`` where there is no complete data set of a known version."""
         path = folder / "dataset.json"
         try:
-            return cls.model_validate_json(path.read_bytes())
+            info = cls.model_validate_json(path.read_bytes())
+            if info.checksum and info.checksum != info._digest():
+                raise WorkError(f"{path}: its content does not match its checksum; start make_shards again, finished shards are kept")
+            return info
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); give a folder that make_shards has finished") from error
         except ValidationError as error:
@@ -192,10 +205,21 @@ class Shard:
 
     def read(self, sample: IndexedSample, member: Member) -> bytes:
         """The bytes of a member; raises ``WorkError`` where they are not those that were written."""
-        data = os.pread(self._handle, member.size, member.offset)
+        if member.offset & BESIDE:
+            data = self._beside[member.offset - BESIDE :][: member.size]
+        else:
+            data = os.pread(self._handle, member.size, member.offset)
         if len(data) != member.size or xxhash.xxh3_64_intdigest(data) != member.xxh3:
             raise self.fault(sample, member, "its bytes do not match the hash in the index; the shard is damaged: build it again")
         return data
+
+    @functools.cached_property
+    def _beside(self) -> bytes:
+        path = self.path.with_suffix(".samples")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise WorkError(f"{path}: cannot be read ({error.strerror}); index the tar again") from error
 
     def sample(self, indexed: IndexedSample) -> Sample:
         member = indexed.members[0]  # JSON comes first; anything else fails to parse
@@ -295,6 +319,10 @@ class ShardedDataset:
         """
         shard, indexed = self._find(number)
         return shard.sample(indexed)
+
+    def key(self, number: int, /) -> str:
+        """The sample's id, from the index alone."""
+        return self._find(number)[1].key
 
     def samples(self) -> Iterator[Sample]:
         """All, in order."""

@@ -12,6 +12,9 @@ from megatron_omni.data.shards.sections import SPAN, TEXT, Strings, open_section
 
 MAGIC, VERSION = b"OMNI.IDX", 1
 
+BESIDE = 1 << 63
+"""Added to an offset: the member lies in ``NAME.samples`` beside the tar. So lie the conversations of tars that others wrote."""
+
 TAR = np.dtype([("bytes", "<u8"), ("sha256", "V32")])
 SAMPLE = np.dtype(
     [("key", *SPAN), ("task", *SPAN), ("first_member", "<u4"), ("members", "<u4"), ("wave_samples", "<u8"), ("frames", "<u8")]
@@ -26,7 +29,7 @@ class Member:
     suffix: str
     """After the key and a dot: ``json``, ``audio0.flac``, ``codes0.npy``."""
     offset: int
-    """Of its first byte in the tar."""
+    """Of its first byte in the tar, or ``BESIDE`` it."""
     size: int
     """Bytes."""
     xxh3: int

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from megatron_omni.data.shards.dataset import AUDIO_RATE, DatasetInfo, Shard, ShardRecord, ShardTable
-from megatron_omni.data.shards.index import IndexedSample
+from megatron_omni.data.shards.index import BESIDE, IndexedSample
 from megatron_omni.runtime.cli import progress
 from megatron_omni.runtime.errors import WorkError
 from megatron_omni.runtime.files import sha256_file
@@ -26,14 +30,17 @@ class VerifySummary:
     faults: list[str]
 
 
-def verify_shards(folder: Path) -> VerifySummary:
+def verify_shards(folder: Path, workers: int = 0) -> VerifySummary:
     """Reads and decodes everything and lists what is wrong.
+
+    Args:
+        workers: Processes that read a shard each; 0: this one does it.
 
     Raises:
         InputError: There is no finished data set in ``folder``.
     """
-    info = DatasetInfo.read(folder)
     try:
+        info = DatasetInfo.read(folder)
         table = ShardTable(folder)
     except WorkError as error:
         return VerifySummary(0, 0, 0.0, [str(error)])
@@ -44,31 +51,46 @@ def verify_shards(folder: Path) -> VerifySummary:
     strangers = {path.name for path in folder.glob("*.tar")} - {record.name for record in records}
     faults += [f"{folder / name}: is not in the table of shards, yet a reader of *.tar would take it in" for name in sorted(strangers)]
 
-    samples, wave_samples = 0, 0
-    hashes: list[np.ndarray] = []
-    for record in progress(records, "verifying shards"):
-        path = folder / record.name
-        faults += _file_faults(path, record)
-        try:
-            shard = Shard(path, record)
-        except WorkError as error:
-            faults.append(str(error))
-            hashes.append(np.empty(0, np.uint64))
-            continue
-        faults += _directory_faults(shard)
-        for indexed in shard.index:
-            faults += _sample_faults(shard, indexed, info)
-            wave_samples += indexed.length("audio")
-        samples += len(shard.index)
-        hashes.append(np.array([xxhash.xxh3_64_intdigest(indexed.key.encode()) for indexed in shard.index], np.uint64))
-        shard.close()
+    check = partial(_check_shard, folder, info)
+    with ExitStack() as stack:
+        if workers:
+            found = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))).map(check, records)
+        else:
+            found = map(check, records)
+        checked = list(progress(found, "verifying shards", total=len(records)))
+    faults += [fault for shard in checked for fault in shard.faults]
+    hashes = [shard.keys for shard in checked]
     faults += _repeated_keys(folder, records, hashes)
+    samples = sum(map(len, hashes))
     if (samples, len(records)) != (info.totals.samples, info.totals.shards):
         faults.append(
             f"{folder}: holds {samples} samples in {len(records)} shards, "
             f"dataset.json says {info.totals.samples} in {info.totals.shards}; start make_shards again"
         )
-    return VerifySummary(len(records), samples, wave_samples / AUDIO_RATE / 3600, faults)
+    return VerifySummary(len(records), samples, sum(shard.wave_samples for shard in checked) / AUDIO_RATE / 3600, faults)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    faults: list[str]
+    keys: np.ndarray
+    """uint64 hashes."""
+    wave_samples: int
+
+
+def _check_shard(folder: Path, info: DatasetInfo, record: ShardRecord) -> _Checked:
+    path = folder / record.name
+    faults = list(_file_faults(path, record))
+    try:
+        shard = Shard(path, record)
+    except WorkError as error:
+        return _Checked([*faults, str(error)], np.empty(0, np.uint64), 0)
+    faults += _directory_faults(shard)
+    for indexed in shard.index:
+        faults += _sample_faults(shard, indexed, info)
+    keys = np.array([xxhash.xxh3_64_intdigest(indexed.key.encode()) for indexed in shard.index], np.uint64)
+    shard.close()
+    return _Checked(faults, keys, int(shard.index.samples["wave_samples"].sum()))
 
 
 def _file_faults(path: Path, record: ShardRecord) -> Iterator[str]:
@@ -83,13 +105,19 @@ def _file_faults(path: Path, record: ShardRecord) -> Iterator[str]:
 
 
 def _directory_faults(shard: Shard) -> Iterator[str]:
-    """The tar's own headers against the index, in order."""
+    """The tar's own headers against the index: in order and by name in a tar of ours, by place in one that was only indexed."""
     expected = [(f"{sample.key}.{m.suffix}", m.offset, m.size) for sample in shard.index for m in sample.members]
     try:
         with tarfile.open(shard.path, "r:") as tar:
             found = [(member.name, member.offset_data, member.size) for member in tar]
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError) as error:
         yield f"{shard.path}: is no readable tar ({error})"
+        return
+    if any(offset & BESIDE for _, offset, _ in expected):
+        places = {(offset, size) for _, offset, size in found}
+        for name, offset, size in expected:
+            if not offset & BESIDE and (offset, size) not in places:
+                yield f"{shard.path}: the index has {name} ({size} bytes at {offset}) where the tar has no member"
         return
     for (name, offset, size), theirs in zip(expected, found, strict=False):
         if theirs != (name, offset, size):

@@ -193,6 +193,9 @@ def _codes(value: Any, embedded: dict[str, Embedded | np.ndarray]) -> str | None
     """A path to a ``.npy``, or the key of ``embedded`` under which the array now lies."""
     if isinstance(value, str | None):
         return value
+    if isinstance(value, Embedded):
+        embedded["@codes"] = value
+        return "@codes"
     try:
         embedded["@codes"] = np.array([np.asarray(row) for row in value])
     except ValueError as error:

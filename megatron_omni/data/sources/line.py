@@ -141,6 +141,8 @@ class Embedded:
     name: str
     """For messages."""
     data: bytes
+    offset: int | None = None
+    """In its container, if it lies there as it is."""
 
 
 File = Path | str | Embedded

@@ -57,7 +57,11 @@ class Tars:
                 file.seek(offset)
                 data = file.read(size)
                 try:
-                    record[ending] = _value(ending, data, f"{self.urls[tar]}: {key}.{ending}")
+                    *outer, last = ending.split(".")
+                    holder = record
+                    for name in outer:  # ``codes.npy`` is found at the path codes.npy
+                        holder = holder.setdefault(name, {})
+                    holder[last] = _value(ending, data, f"{self.urls[tar]}: {key}.{ending}", offset)
                 except ValueError as error:
                     return Reject(number + 1, key, f"{self.urls[tar]}: {key}.{ending} at offset {offset}: {error}")
         return mapped_entry(record, self.columns, number + 1, Path(), self.name)
@@ -93,7 +97,7 @@ def scan(url: str) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     return list(samples.items())
 
 
-def _value(ending: str, data: bytes, name: str) -> Any:
+def _value(ending: str, data: bytes, name: str, offset: int) -> Any:
     if ending == "json":
         return orjson.loads(data)
-    return data.decode().strip() if ending in TEXTS else Embedded(name, data)
+    return data.decode().strip() if ending in TEXTS else Embedded(name, data, offset)
