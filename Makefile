@@ -24,7 +24,7 @@ $(INSTALLED): setup.py constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --upgrade pip
 	python -m pip install --quiet torch ninja setuptools wheel
-	python -m pip install --quiet --editable '.[train,demo,test,dev,adapters,cluster,moshi]'
+	python -m pip install --quiet --editable '.[train,demo,test,dev,cluster,moshi]'
 	python -m pip install --quiet --no-deps moshi
 	touch $@
 

@@ -9,7 +9,7 @@ EXTRAS = {
     "adapters": ["peft", "lhotse"],
     "cluster": ["ray"],
     "moshi": ["einops", "sentencepiece", "sphn"],  # what Kyutai's package needs; itself, which pins an older torch: pip install --no-deps moshi
-    "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "triton", "scipy"],
+    "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "triton", "scipy", "lhotse"],
     "dev": ["ruff", "mypy", "import-linter", "pre-commit", "types-PyYAML"],
 }
 

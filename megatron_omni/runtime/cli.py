@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import orjson
@@ -92,7 +93,8 @@ def _framed(function: Callable[..., Any]) -> Callable[..., None]:
     @functools.wraps(function)
     def framed(*args: Any, as_json: bool = False, **named: Any) -> None:
         try:
-            summary = function(*args, **named)
+            with _nothing_on_stdout():
+                summary = function(*args, **named)
         except OmniError as error:
             world = World.from_environment()
             where = f"error (rank {world.rank})" if world.size > 1 else "error"
@@ -117,6 +119,20 @@ def _framed(function: Callable[..., Any]) -> Callable[..., None]:
     framed.__signature__ = inspect.Signature([*parameters, option], return_annotation=None)  # type: ignore[attr-defined]
     framed.__annotations__ = {p.name: p.annotation for p in [*parameters, option]} | {"return": None}
     return framed
+
+
+@contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """Whatever libraries and child processes print goes to standard error, so that standard output holds the summary alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 
 TOOL = '''
 from __future__ import annotations
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,9 @@ def make(manifest: Annotated[Path, typer.Option(help="JSON lines")], times: int 
         raise InputError("manifest [missing] does not exist")
     if manifest.name == "broken":
         raise WorkError("the disk is full")
+    if manifest.name == "noisy":
+        print("a library prints")
+        subprocess.run(["echo", "a program prints"])
     n = sum(1 for _ in cli.progress(range(times), "making"))
     return Summary(n, {"tokens": 0.5}, ["bad"] if manifest.name == "faulty" else [])
 
@@ -49,6 +53,12 @@ def test_json_is_one_object_on_standard_output(tool):
     done = tool("--manifest", "m.jsonl", "--times", "3", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"samples": 3, "fill": {"tokens": 0.5}, "faults": []}
+
+
+def test_what_others_print_does_not_spoil_the_summary(tool):
+    done = tool("--manifest", "noisy", "--json")
+    assert json.loads(done.stdout)["samples"] == 1
+    assert "a library prints" in done.stderr and "a program prints" in done.stderr
 
 
 def test_table_flattens_nested_keys(tool):
