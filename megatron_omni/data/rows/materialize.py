@@ -108,13 +108,6 @@ class MaterializedRows:
         self._shard = functools.lru_cache(16)(self._open_shard)
         self._row = functools.lru_cache(16)(self._find_row)
 
-    @classmethod
-    def load(cls, folder: Path, fingerprint: PlanFingerprint) -> MaterializedRows:
-        """``InputError`` also for rows of another plan."""
-        rows = cls(folder)
-        rows.plan_fingerprint.require(fingerprint, str(folder))
-        return rows
-
     @staticmethod
     def is_at(folder: Path) -> bool:
         return (folder / "rows.json").exists()

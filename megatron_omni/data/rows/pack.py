@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import numpy as np
 
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.config.recipe import MixtureConfig, Recipe
-from megatron_omni.data.rows.demands import Samples, measure, plan_fingerprint
-from megatron_omni.data.rows.materialize import materialize
+from megatron_omni.data.rows.demands import Demands, Samples, measure, plan_fingerprint
+from megatron_omni.data.rows.materialize import MaterializedRows, materialize
 from megatron_omni.data.rows.mixture import Share
-from megatron_omni.data.rows.plan import WINDOW_ROWS, Fill, PlanFingerprint, RowPlan
+from megatron_omni.data.rows.plan import WINDOW_ROWS, Fill, Plan, PlanFingerprint, RowPlan
 from megatron_omni.data.rows.saved import SavedPlan
 from megatron_omni.data.rows.selection import LongSamples, Selection, select
+from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.schema import RowShape
 
@@ -43,6 +45,11 @@ class RowSettings:
             recipe.data.mixture,
         )
 
+    def fingerprint(self, samples: Samples, tokenizer: OmniTokenizer, mixture: str) -> PlanFingerprint:
+        """``mixture`` is ``Mixture.fingerprint``, of the samples that are drawn."""
+        row = (self.geometry, self.shape, self.acoustic_delay, self.seed, self.window_rows)
+        return plan_fingerprint(samples, tokenizer, *row, mixture, self.long_samples)
+
 
 @dataclass(frozen=True, eq=False)
 class PlannedRows:
@@ -62,18 +69,37 @@ def plan_rows(samples: Samples, tokenizer: OmniTokenizer, settings: RowSettings)
     demands = measure(samples, tokenizer, geometry, delay)
     selection = select(samples, demands, shape, tokenizer, geometry, delay, settings.long_samples, settings.mixture)
     plan = RowPlan(selection.demands.table, shape, settings.seed, settings.window_rows, selection.mixture)
-    fingerprint = plan_fingerprint(
-        samples,
-        tokenizer,
-        geometry,
-        shape,
-        delay,
-        settings.seed,
-        settings.window_rows,
-        selection.mixture.fingerprint,
-        settings.long_samples,
-    )
+    fingerprint = settings.fingerprint(samples, tokenizer, selection.mixture.fingerprint)
     return PlannedRows(selection, plan, fingerprint)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSource:
+    """What training reads rows from, planned or packed before or not."""
+
+    samples: Samples
+    demands: Demands
+    """Of ``samples``."""
+    plan: Plan
+    """Of ``samples``."""
+    fingerprint: PlanFingerprint
+
+
+def open_rows(train: Sequence[Path], tokenizer: OmniTokenizer, settings: RowSettings, plan: Path | None = None) -> RowSource:
+    """The rows of the shards in ``train``, planned as they are needed; or, from the folder ``plan``, saved or packed ones.
+
+    Packed rows need no other shards: ``train`` is not looked at, and they may be of any data and mixture.
+
+    Raises:
+        InputError: as ``plan_rows``; or ``plan`` was made under other settings.
+    """
+    if plan is not None and MaterializedRows.is_at(plan):
+        rows = MaterializedRows(plan)
+        rows.plan_fingerprint.require(settings.fingerprint(rows, tokenizer, rows.plan_fingerprint.mixture), str(plan))
+        return RowSource(rows, rows.measured, rows, rows.plan_fingerprint)
+    planned = plan_rows(ShardedDataset.open(train), tokenizer, settings)
+    chosen = planned.plan if plan is None else SavedPlan.load(plan, planned.fingerprint, planned.plan)
+    return RowSource(planned.selection.samples, planned.selection.demands, chosen, planned.fingerprint)
 
 
 @dataclass(frozen=True)
