@@ -134,6 +134,7 @@ class Demo:
         }
 
     def convert(self) -> dict[str, Any]:
+        shutil.rmtree(self.root / "model", ignore_errors=True)  # of a demo that ended before this stage did
         return tool("convert_checkpoint", "to-hf", self.run, self.root / "model", "--codec", self.root / "codec")
 
     def use(self) -> dict[str, Any]:
