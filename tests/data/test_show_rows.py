@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_segments_are_those_of_the_row(shown, tokenizer, geometry) -> None:
 
 def test_drawings_show_text_audio_and_waste_and_escape(shown) -> None:
     _, _, rows = shown
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(drawn_on_terminal(rows[:2]))
     drawn = console.export_text()
     assert "window 0, row 1" in drawn and rows[0].segments[0].id in drawn and "░" in drawn
