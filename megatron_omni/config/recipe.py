@@ -43,6 +43,25 @@ class MixtureConfig(Strict):
     temperature: float = Field(1.0, gt=0, description="amounts of LLM positions are raised to one over it: above 1 it evens them out")
 
 
+class AugmentConfig(Strict):
+    """How clips are distorted in training, anew each time one is heard (``data.rows.augment``); by default not at all."""
+
+    frequency_warp: float = Field(0.0, ge=0, lt=0.5, description="frequencies are scaled by 1 +- up to this: other vocal tracts")
+    frequency_masks: int = Field(0, ge=0, description="bands of the log-mel that are masked (SpecAugment)")
+    frequency_mask_width: float = Field(0.15, ge=0, le=1, description="largest width of one, as part of the mel bins")
+    time_masks: int = Field(0, ge=0, description="stretches of the log-mel that are masked (SpecAugment)")
+    time_mask_width: float = Field(0.05, ge=0, le=1, description="largest length of one, as part of the clip")
+    gain_db: float = Field(0.0, ge=0, description="dB: made louder or softer by up to this")
+    noise: Path | None = Field(None, description="folder of recordings, mixed into clips")
+    noise_probability: float = Field(0.5, ge=0, le=1, description="part of the clips that get noise")
+    noise_snr_db: tuple[float, float] = Field((5.0, 25.0), description="dB: range of the signal-to-noise ratio")
+
+    @property
+    def keeps_lengths(self) -> bool:
+        """Whether anything is done to clips once their lengths are fixed."""
+        return bool(self.frequency_warp or self.frequency_masks or self.time_masks or self.gain_db or self.noise)
+
+
 class DataConfig(Strict):
     train: tuple[Path, ...] = Field(min_length=1, description="shard folders, read as one data set")
     tokenizer: Path = Field(description="folder written by tools/prepare_tokenizer.py")
@@ -51,6 +70,7 @@ class DataConfig(Strict):
         "refuse", description="those that no row holds: refuse them, leave them out, or split them between exchanges of a conversation"
     )
     plan: Path | None = Field(None, description="folder written by tools/pack_sequences.py; null: rows are planned as they are needed")
+    augment: AugmentConfig = AugmentConfig()
     virtual_streams: int = Field(64, ge=1, description="independent streams of rows; data-parallel sizes divide it; it fixes the order")
     num_workers: int = Field(1, ge=0, description="processes per rank that read shards and pack rows; 0: in the rank itself")
 

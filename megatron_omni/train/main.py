@@ -19,6 +19,7 @@ from megatron_omni.checkpoint.save import checkpoints
 from megatron_omni.config.load import dump_recipe, load_recipe
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.recipe import Recipe
+from megatron_omni.data.rows.augment import Augmentation
 from megatron_omni.data.rows.demands import measure
 from megatron_omni.data.rows.stream import RowPacker, RowStream, StreamState
 from megatron_omni.data.shards.dataset import ShardedDataset
@@ -97,6 +98,7 @@ def train(recipe: Recipe, world: World, device: torch.device) -> TrainSummary:
         delay,
         groups.topology.tensor,
         demands.longest_clip,
+        Augmentation(recipe.data.augment, model_config.features, recipe.run.seed) if recipe.data.augment.keeps_lengths else None,
     )
     stream = RowStream(
         packer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,9 @@ from megatron_omni.schema import IGNORE, Batch, Demand, Rendered, RowShape, Samp
 Packed = tuple[Sample, Rendered, SampleArrays]
 """All that a row needs of one of its samples."""
 
+Distort = Callable[[int, Sample, str, np.ndarray], np.ndarray]
+"""Row, sample and name of a clip, and its log-mel [A, M]; returns one of the same shape."""
+
 
 def collate(
     rows: Sequence[Sequence[Packed]],
@@ -30,12 +33,14 @@ def collate(
     pad_id: int,
     tensor_parallel: int = 1,
     longest_clip: int | None = None,
+    distort: Distort | None = None,
 ) -> Batch:
     """Lays the samples of each row side by side; rows may be empty.
 
     Args:
         longest_clip: encoder frames of the largest slot of any clip (``Demands.longest_clip``); where clips are dealt to
             tensor-parallel ranks, an encoder row has room for an even share and one such clip. None: a whole row's.
+        distort: augmentation of the log-mel.
 
     Raises:
         InputError: ``shape`` does not suit the geometry, or the samples of a row need more than it has.
@@ -59,7 +64,8 @@ def collate(
             for span in rendered.audio:
                 wave = arrays.audio[span.name]
                 _require_length(sample, span.name, wave.shape, (sample.num_samples[span.name],))
-                clips.append(_Clip(row, position + span.start, wave, geometry.slot(len(wave))))
+                mel = log_mel(wave)
+                clips.append(_Clip(row, position + span.start, len(wave), distort(row, sample, span.name, mel) if distort else mel))
             for speech_span in rendered.speech:
                 codes_KT = arrays.codes[speech_span.name]
                 _require_length(sample, speech_span.name, codes_KT.shape, (codec.num_codebooks, sample.num_frames[speech_span.name]))
@@ -70,8 +76,8 @@ def collate(
     if dealt > 1:
         share = -(-shape.encoder // (dealt * geometry.stack)) * geometry.stack
         frames = min(frames, share + (shape.encoder if longest_clip is None else longest_clip))
-    audio = _Audio(B, dealt, frames, shape.seq, geometry, log_mel)
-    for clip in sorted(clips, key=lambda clip: -clip.slot):
+    audio = _Audio(B, dealt, frames, shape.seq, geometry, log_mel.config.num_mel_bins)
+    for clip in sorted(clips, key=lambda clip: -geometry.slot(clip.samples)):
         audio.add(clip)
 
     tensor = torch.from_numpy
@@ -162,8 +168,9 @@ class _Clip:
     row: int
     token: int
     """Position in the row of its first ``<audio>``."""
-    wave: np.ndarray
-    slot: int
+    samples: int
+    """Of its waveform."""
+    mel_AM: np.ndarray
 
 
 class _Audio:
@@ -173,10 +180,10 @@ class _Audio:
     even share and one clip.
     """
 
-    def __init__(self, B: int, dealt: int, frames: int, seq: int, geometry: EncoderGeometry, log_mel: LogMel) -> None:
-        self.B, self.dealt, self.frames, self.geometry, self.log_mel = B, dealt, frames, geometry, log_mel
+    def __init__(self, B: int, dealt: int, frames: int, seq: int, geometry: EncoderGeometry, mel_bins: int) -> None:
+        self.B, self.dealt, self.frames, self.geometry = B, dealt, frames, geometry
         R, mel_frames = B * dealt, frames * geometry.conv_stride
-        self.mel = np.zeros((R, mel_frames, log_mel.config.num_mel_bins), np.float32)
+        self.mel = np.zeros((R, mel_frames, mel_bins), np.float32)
         self.valid = np.zeros((R, mel_frames), bool)
         self.segments = np.full((R, frames), -1, np.int32)
         self.positions = np.zeros((R, frames), np.int64)
@@ -185,13 +192,14 @@ class _Audio:
 
     def add(self, clip: _Clip) -> None:
         row = min(range(clip.row, len(self.end), self.B), key=self.end.__getitem__)
-        start, size, geometry = self.end[row], len(clip.wave), self.geometry
-        if start + clip.slot > self.frames:
+        start, size, geometry = self.end[row], clip.samples, self.geometry
+        slot = geometry.slot(size)
+        if start + slot > self.frames:
             raise InputError(
-                f"row.encoder: a clip of {clip.slot} frames does not fit beside {start} others into an encoder row of {self.frames}"
+                f"row.encoder: a clip of {slot} frames does not fit beside {start} others into an encoder row of {self.frames}"
             )
         mel = slice(start * geometry.conv_stride, start * geometry.conv_stride + geometry.mel_frames(size))
-        self.mel[row, mel] = self.log_mel(clip.wave)
+        self.mel[row, mel] = clip.mel_AM
         self.valid[row, mel] = True
         frames = geometry.encoder_frames(size)
         self.segments[row, start : start + frames] = self.clips[row]
@@ -199,7 +207,7 @@ class _Audio:
         embeddings = geometry.num_audio_embeddings(size)
         first = (row * self.frames + start) // geometry.stack
         self.source[clip.row, clip.token : clip.token + embeddings] = 1 + first + np.arange(embeddings)
-        self.end[row] += clip.slot
+        self.end[row] += slot
         self.clips[row] += 1
 
 

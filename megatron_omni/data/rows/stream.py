@@ -17,7 +17,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +27,21 @@ from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.config.model import CodecConfig
 from megatron_omni.data.render import render
-from megatron_omni.data.rows.collate import collate
+from megatron_omni.data.rows.augment import Augmentation
+from megatron_omni.data.rows.collate import Distort, Packed, collate
 from megatron_omni.data.rows.demands import Demands, Samples, plan_fingerprint
 from megatron_omni.data.rows.plan import WINDOW_ROWS, Fill, PlanFingerprint, RowPlan, require_fit
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import Batch, RowShape
 
-Rows = Sequence[np.ndarray]
-"""Rows of sample numbers."""
+
+class Address(NamedTuple):
+    """One row of the plan."""
+
+    window: int
+    samples: np.ndarray
+    """int64: sample numbers."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +67,15 @@ class RowPacker(Dataset[PackedRows]):
         acoustic_delay: int,
         tensor_parallel: int = 1,
         longest_clip: int | None = None,
+        augmentation: Augmentation | None = None,
     ) -> None:
-        """See ``collate`` for the last ones."""
+        """See ``collate`` for ``tensor_parallel`` and ``longest_clip``."""
         self.samples, self.tokenizer, self.geometry, self.log_mel, self.codec = samples, tokenizer, geometry, log_mel, codec
         self.shape, self.acoustic_delay, self.tensor_parallel, self.longest_clip = shape, acoustic_delay, tensor_parallel, longest_clip
+        self.augmentation = augmentation
 
-    def __getitem__(self, rows: Rows) -> PackedRows:
-        packed = []
-        for row in rows:
-            samples = [self.samples.sample(number) for number in row.tolist()]
-            rendered = [render(sample, self.tokenizer, self.geometry) for sample in samples]
-            packed.append(list(zip(samples, rendered, [self.samples.arrays(number) for number in row.tolist()], strict=True)))
+    def __getitem__(self, rows: Sequence[Address]) -> PackedRows:
+        packed = [[self._load(row.window, number) for number in row.samples.tolist()] for row in rows]
         batch = collate(
             packed,
             self.shape,
@@ -82,8 +86,21 @@ class RowPacker(Dataset[PackedRows]):
             self.tokenizer.pad_id,
             self.tensor_parallel,
             self.longest_clip,
+            self._distort(rows),
         )
         return PackedRows(batch, tuple(tuple(sample.id for sample, _, _ in row) for row in packed))
+
+    def _load(self, window: int, number: int) -> Packed:
+        sample, arrays = self.samples.sample(number), self.samples.arrays(number)
+        if self.augmentation is not None:
+            clips = self.augmentation.of(window, sample.id)
+            arrays = dataclasses.replace(arrays, audio={name: clips.wave(name, wave) for name, wave in arrays.audio.items()})
+        return sample, render(sample, self.tokenizer, self.geometry), arrays
+
+    def _distort(self, rows: Sequence[Address]) -> Distort | None:
+        if (augmentation := self.augmentation) is None:
+            return None
+        return lambda row, sample, name, mel_AM: augmentation.of(rows[row].window, sample.id).mel(name, mel_AM)
 
     def fingerprint(self, seed: int, window_rows: int = WINDOW_ROWS) -> PlanFingerprint:
         return plan_fingerprint(self.samples, self.tokenizer, self.geometry, self.shape, self.acoustic_delay, seed, window_rows)
@@ -138,7 +155,7 @@ class StepRows:
 
 @dataclass(frozen=True)
 class _PlannedStep:
-    micro_batches: list[list[np.ndarray]]
+    micro_batches: list[list[Address]]
     row_numbers: tuple[int, ...]
     fill: Fill
     state: StreamState
@@ -197,7 +214,7 @@ class RowStream:
     def __iter__(self) -> Iterator[StepRows]:
         planned: deque[_PlannedStep] = deque()
 
-        def addresses() -> Iterator[list[np.ndarray]]:
+        def addresses() -> Iterator[list[Address]]:
             for step in self._plan_steps():
                 planned.append(step)
                 yield from step.micro_batches
@@ -223,13 +240,13 @@ class RowStream:
                 window, row = positions[stream]
                 if stream not in windows:
                     windows[stream] = self.plan.window(window)
-                rows.append(windows[stream][row])
+                rows.append(Address(window, windows[stream][row]))
                 if row + 1 < len(windows[stream]):
                     positions[stream] = (window, row + 1)
                 else:
                     positions[stream] = (window + self._start.virtual_streams, 0)
                     del windows[stream]
-            demand = self.plan.demands[np.concatenate(rows)].sum(0)
+            demand = self.plan.demands[np.concatenate([row.samples for row in rows])].sum(0)
             yield _PlannedStep(
                 [rows[start : start + self._micro_rows] for start in range(0, len(rows), self._micro_rows)],
                 tuple(numbers),
@@ -248,14 +265,14 @@ def evaluation_batches(
     """
     require_fit(demands.table, packer.shape, lambda number: packer.samples.sample(number).id)
     plan = RowPlan(demands.table, packer.shape, seed=0)
-    rows = [row for window in range(plan.windows_per_epoch) for row in plan.window(window)]
+    rows = [Address(window, row) for window in range(plan.windows_per_epoch) for row in plan.window(window)]
     batches = -(-len(rows) // (micro_rows * dp_size))
-    rows += [np.empty(0, np.int64)] * (batches * micro_rows * dp_size - len(rows))
+    rows += [Address(0, np.empty(0, np.int64))] * (batches * micro_rows * dp_size - len(rows))
     mine = rows[dp_rank::dp_size]
     yield from _loader(packer, [mine[start : start + micro_rows] for start in range(0, len(mine), micro_rows)], num_workers)
 
 
-def _loader(packer: RowPacker, addresses: Iterable[Rows], num_workers: int) -> DataLoader[PackedRows]:
+def _loader(packer: RowPacker, addresses: Iterable[Sequence[Address]], num_workers: int) -> DataLoader[PackedRows]:
     """One item of ``addresses`` is one item out, in order, whatever the number of workers.
 
     Workers are forked: they share the data set's memory maps and start at once. They run no GPU code.
