@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import soundfile
 
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.data.building.builder import build_shards
+from megatron_omni.data.rows.materialize import MaterializedRows
 from megatron_omni.data.rows.pack import RowSettings, plan_rows
 from megatron_omni.data.rows.saved import SavedPlan
 from megatron_omni.data.shards.dataset import ShardedDataset
@@ -73,3 +75,56 @@ def test_a_sample_that_fits_no_row_is_named(made: Path, tmp_path: Path, monkeypa
     assert done.returncode == 2
     assert "utt" in done.stderr and "encoder" in done.stderr and "enlarge the row" in done.stderr
     assert not (tmp_path / "plan").exists()
+
+
+def test_a_recipe_gives_the_rows_of_its_run_materialized(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    overrides = [
+        f"data.train=[{made / 'shards'}]",
+        f"data.tokenizer={made / 'tokenizer'}",
+        "data.mixture.tasks.transcribe=2",
+        "row={seq: 96, codec: 8, encoder: 320, spoken: 96, supervised: 128}",
+    ]
+    command = [sys.executable, "tools/pack_sequences.py", "--config", "launch/recipes/demo_cpu.yaml", "--out", str(tmp_path / "rows")]
+    options = ["--materialize", "--epochs", "2", "--json"]
+    done = subprocess.run([*command, *overrides, *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["samples"] == 120 and summary["epochs"] == 2
+    assert [(share["passes"], share["tokens"]) for share in summary["mixture"]] == [(2.0, 1.0)]
+    rows = MaterializedRows(tmp_path / "rows")
+    assert len(rows) == 120 and len(list((tmp_path / "rows").glob("*.tar"))) == 1
+    assert Counter(rows.sample(number).id for number in range(120)) == Counter({f"utt{number}": 4 for number in range(30)})
+
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "tools/show_rows.py",
+            "--config",
+            "launch/recipes/demo_cpu.yaml",
+            "--rows",
+            "2",
+            "--json",
+            *overrides,
+            f"data.plan={tmp_path / 'rows'}",
+            "--html",
+            str(tmp_path / "rows.html"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shown.returncode == 0, shown.stderr
+    first, second = rows.window(0)[:2]
+    assert json.loads(shown.stdout)["samples"] == len(first) + len(second)
+    page = (tmp_path / "rows.html").read_text()
+    assert all(rows.sample(number).id in page for number in [*first.tolist(), *second.tolist()])
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/pack_sequences.py", "--out", str(tmp_path / "plan")], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "give --config, or all of --shards" in done.stderr
