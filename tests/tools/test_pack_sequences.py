@@ -96,25 +96,9 @@ def test_a_recipe_gives_the_rows_of_its_run_materialized(made: Path, tmp_path: P
     assert len(rows) == 120 and len(list((tmp_path / "rows").glob("*.tar"))) == 1
     assert Counter(rows.sample(number).id for number in range(120)) == Counter({f"utt{number}": 4 for number in range(30)})
 
-    shown = subprocess.run(
-        [
-            sys.executable,
-            "tools/show_rows.py",
-            "--config",
-            "launch/recipes/demo_cpu.yaml",
-            "--rows",
-            "2",
-            "--json",
-            *overrides,
-            f"data.plan={tmp_path / 'rows'}",
-            "--html",
-            str(tmp_path / "rows.html"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "tools/show_rows.py", "--config", "launch/recipes/demo_cpu.yaml", "--rows", "2", "--json"]
+    command += [*overrides, f"data.plan={tmp_path / 'rows'}", "--html", str(tmp_path / "rows.html")]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
     first, second = rows.window(0)[:2]
     assert json.loads(shown.stdout)["samples"] == len(first) + len(second)
