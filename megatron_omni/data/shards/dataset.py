@@ -336,13 +336,18 @@ class ShardedDataset:
         """
         shard, indexed = self._find(number)
         audio = {m.name: shard.audio(indexed, m) for m in indexed.members if m.kind == "audio"}
+        return SampleArrays(audio, self.codes(number))
+
+    def codes(self, number: int, /) -> dict[str, np.ndarray]:
+        """uint16 [K, T] by name, without decoding the audio; raises as ``arrays`` does."""
+        shard, indexed = self._find(number)
         codes = {}
         for member in indexed.members:
             if member.kind == "codes":
                 if self.codec is None:
                     raise shard.fault(indexed, member, "dataset.json names no codec; build the data set again")
                 codes[member.name] = shard.codes(indexed, member, self.codec)
-        return SampleArrays(audio, codes)
+        return codes
 
     def members(self, number: int, /) -> Iterator[tuple[Member, bytes]]:
         """The sample's files as they lie in its tar; raises ``WorkError`` where one is not what was written."""
