@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import xxhash
 
 from megatron_omni.config.recipe import MixtureConfig
+from megatron_omni.data.rows.permutation import shuffled
 from megatron_omni.runtime.errors import InputError
-from megatron_omni.runtime.seeds import rng
 
 
 class Numbers(Protocol):
@@ -65,7 +64,7 @@ class Stratum:
             return draws
         size = len(self.numbers)
         passes = range(int(draws[0]) // size, int(draws[-1]) // size + 1)
-        return self.numbers[np.concatenate([_order(seed, self.key, n, size)[draws[draws // size == n] % size] for n in passes])]
+        return self.numbers[np.concatenate([shuffled(draws[draws // size == n] % size, size, seed, "epoch", self.key, n) for n in passes])]
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,3 @@ def draws(config: MixtureConfig, amounts: Sequence[float], sizes: Sequence[int],
         wanted[used] = wanted[used] ** (1 / config.temperature)
         wanted *= size_T[used].sum() / wanted.sum()
     return [max(1, round(count * want / size)) if want > 0 else 0 for want, count, size in zip(wanted, sizes, size_T, strict=True)]
-
-
-@lru_cache(maxsize=64)
-def _order(seed: int, stratum: str, number: int, size: int) -> np.ndarray:
-    return rng(seed, "epoch", stratum, number).permutation(size)

@@ -21,7 +21,7 @@ from megatron_omni.data.rows.mixture import Mixture
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import RowShape
 
-PLANNER_VERSION = 2
+PLANNER_VERSION = 3
 """Raised whenever the same inputs would give other rows."""
 
 RESOURCES = tuple(field.name for field in dataclasses.fields(RowShape))
