@@ -39,6 +39,8 @@ def main(
 ) -> PackSummary:
     """Plans the rows of some epochs. Mixtures are the recipe's: give --config."""
     if config is not None:
+        if shards or tokenizer or seq_len or codec_len or encoder_len or spoken_len or supervised_len:
+            raise InputError("--config gives shards, tokenizer and row: change them by key=value, not by options")
         recipe = load_recipe(config, overrides or [])
         folders, tokens, settings = list(recipe.data.train), recipe.data.tokenizer, RowSettings.of(recipe)
     else:
