@@ -67,7 +67,7 @@ def index_tars(
     summary = summarize(records, rejects, [])
     frames = sum(record.frames for record in records)
     info = DatasetInfo(
-        sample_rate=AUDIO_RATE,
+        sample_rate=None,
         codec=codec,
         totals=Totals(
             samples=summary.samples,

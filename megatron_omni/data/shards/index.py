@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from megatron_omni.data.shards.sections import SPAN, TEXT, Strings, open_sections, text_at, to_bytes
+from megatron_omni.data.shards.sections import SPAN, TEXT, Strings, open_sections, to_bytes
 
 MAGIC, VERSION = b"OMNI.IDX", 1
 
@@ -20,10 +24,11 @@ SAMPLE = np.dtype(
     [("key", *SPAN), ("task", *SPAN), ("first_member", "<u4"), ("members", "<u4"), ("wave_samples", "<u8"), ("frames", "<u8")]
 )
 MEMBER = np.dtype([("suffix", *SPAN), ("offset", "<u8"), ("bytes", "<u8"), ("xxh3", "<u8"), ("length", "<u8")])
+_SAMPLE, _MEMBER = struct.Struct("<6I2Q"), struct.Struct("<2I4Q")
+"""The same records for ``struct``, which takes one apart ten times as fast as numpy."""
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One file in the tar."""
 
     suffix: str
@@ -39,16 +44,21 @@ class Member:
     @property
     def name(self) -> str:
         """As the sample calls it: ``audio0``."""
-        return self.suffix.partition(".")[0]
+        return _name_and_kind(self.suffix)[0]
 
     @property
     def kind(self) -> str:
         """``json``, ``audio`` or ``codes``."""
-        return self.name.rstrip("0123456789")
+        return _name_and_kind(self.suffix)[1]
 
 
-@dataclass(frozen=True)
-class IndexedSample:
+@functools.lru_cache(1024)
+def _name_and_kind(suffix: str) -> tuple[str, str]:
+    name = suffix.partition(".")[0]
+    return name, name.rstrip("0123456789")
+
+
+class IndexedSample(NamedTuple):
     key: str
     task: str
     members: tuple[Member, ...]
@@ -92,13 +102,33 @@ class ShardIndex:
         return len(self.samples)
 
     def __getitem__(self, number: int) -> IndexedSample:
-        row = self.samples[number]
-        first, count = int(row["first_member"]), int(row["members"])
-        members = tuple(
-            Member(text_at(self.text, m["suffix"]), int(m["offset"]), int(m["bytes"]), int(m["xxh3"]), int(m["length"]))
-            for m in self.members[first : first + count]
-        )
-        return IndexedSample(text_at(self.text, row["key"]), text_at(self.text, row["task"]), members)
+        text, suffixes = self._text, self._suffixes
+        *spans, first, count, _, _ = _SAMPLE.unpack_from(self._sample_bytes, number * _SAMPLE.size)
+        key, task = (str(text[start:stop], "utf-8") for start, stop in (spans[:2], spans[2:]))
+        members = []
+        for start, stop, *rest in _MEMBER.iter_unpack(self._member_bytes[first * _MEMBER.size : (first + count) * _MEMBER.size]):
+            suffix = suffixes.get((start, stop))
+            if suffix is None:
+                suffix = suffixes[start, stop] = str(text[start:stop], "utf-8")
+            members.append(Member(suffix, *rest))
+        return IndexedSample(key, task, tuple(members))
 
     def __iter__(self) -> Iterator[IndexedSample]:
         return (self[number] for number in range(len(self)))
+
+    @cached_property
+    def _sample_bytes(self) -> memoryview:
+        return self.samples.view(np.uint8).data
+
+    @cached_property
+    def _member_bytes(self) -> memoryview:
+        return self.members.view(np.uint8).data
+
+    @cached_property
+    def _text(self) -> memoryview:
+        return self.text.data
+
+    @cached_property
+    def _suffixes(self) -> dict[tuple[int, int], str]:
+        """By span; a shard has a handful."""
+        return {}

@@ -55,7 +55,7 @@ def open_sections(path: Path, magic: bytes, version: int, dtypes: Sequence[np.dt
         WorkError: The file is missing, damaged, of another kind or of another version.
     """
     try:
-        content: np.ndarray = np.memmap(path, np.uint8, "r")
+        content = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array: slices of a memmap are slow to make
     except (OSError, ValueError) as error:
         raise WorkError(f"{path}: cannot be read ({error}); build its shard again") from error
     head = struct.calcsize("<8sII")

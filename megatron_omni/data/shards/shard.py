@@ -1,0 +1,272 @@
+"""One tar with its index: finds the members of a sample, checks them, decodes them.
+
+Nothing is read through the tar format: the index says where a member lies, and what lies there must have the xxh3 that the
+index says. Then it must be what a sample of format v1 holds. Codes come back as views of the mapped tar, nothing copied.
+
+A file that is cut while it is mapped ends the process (SIGBUS), as with any mapping: shards are never changed in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import mmap
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import orjson
+import soundfile
+import xxhash
+
+from megatron_omni.audio.waveform import read_audio, resample
+from megatron_omni.config.model import CodecConfig
+from megatron_omni.data.shards.index import BESIDE, IndexedSample, Member, ShardIndex
+from megatron_omni.data.shards.info import AUDIO_RATE
+from megatron_omni.data.shards.table import ShardRecord
+from megatron_omni.runtime.errors import InputError, WorkError
+from megatron_omni.schema import TASKS, Sample
+
+HEADER = tarfile.BLOCKSIZE
+"""Bytes of a tar header; a member's lies right before it."""
+
+_ROLES, _PARTS = {"system", "user", "assistant"}, {"text", "audio", "codes"}
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
+_NPY_HEADER = 1024
+"""Bytes that a sane .npy header stays below."""
+_ADLER = 65521
+
+
+class DamagedError(WorkError):
+    """Bytes are not those that were written; another copy of them may be whole."""
+
+
+class TarBytes(Protocol):
+    """The bytes of a tar, wherever it lies."""
+
+    size: int
+
+    def __getitem__(self, place: slice, /) -> memoryview: ...
+
+    def close(self) -> None: ...
+
+
+class MappedFile:
+    """A local file, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            raise WorkError(f"{path}: cannot be read ({error}); build the shard again") from error
+        self._view = memoryview(self._map)
+        self.size = len(self._view)
+
+    def __getitem__(self, place: slice, /) -> memoryview:
+        return self._view[place]
+
+    def close(self) -> None:
+        """Unmaps the file, or leaves that to the last array that views it."""
+        self._view.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
+class Shard:
+    """Reads the samples of one tar. All methods raise ``WorkError`` naming shard, member and offset."""
+
+    def __init__(
+        self,
+        path: Path,
+        record: ShardRecord | None = None,
+        uniform: bool = False,
+        tar: TarBytes | None = None,
+        place: str | None = None,
+    ) -> None:
+        """Opens the index beside ``path`` and maps the tar.
+
+        Args:
+            record: What the table says of the shard.
+            uniform: All audio is mono at ``AUDIO_RATE``, and anything else a fault; False: it is resampled.
+            tar: Its bytes, where they are not in the file ``path``.
+            place: Name in messages; ``path`` by default.
+
+        Raises:
+            WorkError: A file is missing or damaged, or they do not belong together.
+        """
+        self.path, self.place, self.uniform = path, place or str(path), uniform
+        self.index = ShardIndex.open(path.with_suffix(".index"))
+        if record is not None and (self.index.tar_sha256, len(self.index)) != (record.tar_sha256, record.samples):
+            raise WorkError(f"{path.with_suffix('.index')}: is the index of another tar; build the shard again")
+        self._tar = MappedFile(path) if tar is None else tar
+        self._beside = MappedFile(path.with_suffix(".samples")) if (self.index.members["offset"] >= BESIDE).any() else None
+        self._check_places()
+
+    def close(self) -> None:
+        """Closes the tar; the end of the object does so too."""
+        for file in (self._tar, self._beside):
+            if file is not None:
+                file.close()
+
+    # a sample
+
+    def sample(self, indexed: IndexedSample) -> Sample:
+        """The conversation; it and the index must name the same arrays, of the same lengths."""
+        if "." in indexed.key or "/" in indexed.key or not indexed.members:
+            raise WorkError(f"{self.place}: holds the key {indexed.key!r}, expected one without dot or slash and with members: rename it")
+        first = indexed.members[0]  # JSON comes first; anything else fails to parse
+        try:
+            sample = Sample.from_json(orjson.loads(self.read(indexed, first)))
+            wrong = _what_is_wrong(sample, indexed)
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise self.fault(indexed, first, f"is no sample of format v1 ({error!r})") from error
+        if wrong:
+            raise self.fault(indexed, first, wrong)
+        return sample
+
+    def all_audio(self, indexed: IndexedSample) -> dict[str, np.ndarray]:
+        """``audio`` of each, by name."""
+        return {member.name: self.audio(indexed, member) for member in indexed.members if member.kind == "audio"}
+
+    def all_codes(self, indexed: IndexedSample, codec: CodecConfig | None) -> dict[str, np.ndarray]:
+        """``codes`` of each, by name; ``codec`` is that of the data set."""
+        members = [member for member in indexed.members if member.kind == "codes"]
+        if members and codec is None:
+            raise self.fault(indexed, members[0], "dataset.json names no codec; build the data set again")
+        return {member.name: self.codes(indexed, member, codec) for member in members if codec is not None}
+
+    # its members
+
+    def read(self, sample: IndexedSample, member: Member) -> memoryview:
+        """The bytes of a member, read-only; raises ``DamagedError`` where they or its tar header are not those that were written."""
+        if member.offset & BESIDE:
+            assert self._beside is not None
+            start = member.offset - BESIDE
+            data = self._beside[start : start + member.size]
+        else:
+            block = self._tar[member.offset - HEADER : member.offset + member.size]
+            if len(block) != HEADER + member.size or not _is_header(bytes(block[:HEADER]), member.size):
+                raise DamagedError(self._message(sample, member, "its tar header is damaged; build the shard again"))
+            data = block[HEADER:]
+        if len(data) != member.size or xxhash.xxh3_64_intdigest(data) != member.xxh3:
+            what = "its bytes do not match the hash in the index; the shard is damaged: build it again"
+            raise DamagedError(self._message(sample, member, what))
+        return data
+
+    def audio(self, indexed: IndexedSample, member: Member) -> np.ndarray:
+        """float32 [W], mono, 16 kHz."""
+        data = io.BytesIO(self.read(indexed, member))
+        try:
+            wave = _decode(data, member.length) if self.uniform else resample(*read_audio(data), AUDIO_RATE)
+        except (InputError, soundfile.SoundFileError) as error:
+            raise self.fault(indexed, member, str(error)) from error
+        if len(wave) != member.length:
+            raise self.fault(indexed, member, f"decodes to {len(wave)} wave samples, the index says {member.length}")
+        return wave
+
+    def codes(self, indexed: IndexedSample, member: Member, codec: CodecConfig) -> np.ndarray:
+        """uint16 [K, T], every code below the card; a read-only view of the tar where it is mapped."""
+        data = self.read(indexed, member)
+        try:
+            start = 10 + int.from_bytes(data[8:10], "little")
+            shape, fortran, dtype = _npy_header(bytes(data[:start]))
+            if dtype != np.uint16 or shape != (codec.num_codebooks, member.length):
+                raise self.fault(indexed, member, f"is {dtype} {list(shape)}, expected uint16 {[codec.num_codebooks, member.length]}")
+            flat: np.ndarray = np.frombuffer(data, dtype, codec.num_codebooks * member.length, start)
+        except ValueError as error:
+            raise self.fault(indexed, member, f"is no .npy array ({error})") from error
+        if flat.size and flat.max() >= codec.card:
+            raise self.fault(indexed, member, f"holds the code {flat.max()}, expected 0..{codec.card - 1}")
+        return flat.reshape(shape, order="F" if fortran else "C")
+
+    def fault(self, sample: IndexedSample, member: Member, what: str) -> WorkError:
+        return WorkError(self._message(sample, member, what))
+
+    def _message(self, sample: IndexedSample, member: Member, what: str) -> str:
+        place = f"offset {member.offset - BESIDE} of its .samples" if member.offset & BESIDE else f"offset {member.offset}"
+        return f"{self.place}: {sample.key}.{member.suffix} at {place}: {what}"
+
+    def _check_places(self) -> None:
+        """That all members lie in the tar, and no key twice."""
+        samples, members = self.index.samples, self.index.members
+        here = members[members["offset"] < BESIDE]
+        outside = (here["offset"] < HEADER) | (here["offset"] > self._tar.size) | (here["bytes"] > self._tar.size - here["offset"])
+        if outside.any() or self._tar.size != self.index.tar_bytes:
+            what = f"has {self._tar.size} bytes, its index says {self.index.tar_bytes}; it is cut or changed: build it again"
+            if outside.any():
+                lost = next(
+                    f"{sample.key}.{member.suffix} at offset {member.offset}"
+                    for sample in self.index
+                    for member in sample.members
+                    if not member.offset & BESIDE and not HEADER <= member.offset <= self._tar.size - member.size
+                )
+                what += f"; the first member that is not there whole: {lost}"
+            raise DamagedError(f"{self.place}: {what}")
+        if int(samples["members"].sum()) != len(members):
+            raise WorkError(f"{self.path.with_suffix('.index')}: its samples and members do not fit together; build the shard again")
+        starts, numbers, counts = np.unique(samples["key"][:, 0], return_index=True, return_counts=True)
+        if len(starts) < len(samples):  # equal keys are one string
+            key = self.index[int(numbers[counts.argmax()])].key
+            raise WorkError(f"{self.place}: holds the key {key!r} {counts.max()} times; keys are unique: rename one in the manifest")
+
+
+def _decode(data: io.BytesIO, length: int) -> np.ndarray:
+    """float32 [length] of a file that must be mono at ``AUDIO_RATE``; its header is not believed before memory is taken."""
+    with soundfile.SoundFile(data) as file:
+        if (file.samplerate, file.channels, file.frames) != (AUDIO_RATE, 1, length) or not length:
+            told = f"{file.frames} samples in {file.channels} channels at {file.samplerate} Hz"
+            raise InputError(f"is audio of {told}, expected {length or 'some'} in 1 at {AUDIO_RATE}; build the shard again")
+        wave: np.ndarray = file.read(dtype="float32")
+        if file.format != "FLAC" and not np.isfinite(wave).all():  # FLAC holds integers
+            raise InputError("holds NaN or infinite samples; build the shard again")
+    return wave
+
+
+def _is_header(header: bytes, size: int) -> bool:
+    """Whether a tar header is of a file of ``size`` bytes and has the checksum that it tells: its sum, with its own 8 bytes as blanks."""
+    told = header[148:156]
+    try:
+        whole = (_sum(header) - _sum(told) + 8 * 32 - int(told.strip(b" \0"), 8)) % _ADLER == 0
+        return whole and (header[124:135] == b"%011o" % size or tarfile.nti(header[124:136]) == size)  # type: ignore[attr-defined]
+    except (ValueError, tarfile.TarError):
+        return False
+
+
+def _sum(data: bytes) -> int:
+    """Of all bytes plus 1, modulo 65521: the lower half of an Adler-32, which C code computes."""
+    return zlib.adler32(data) & 0xFFFF
+
+
+@functools.lru_cache(4096)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether Fortran order, dtype; parsed once for all arrays alike. Raises ``ValueError``."""
+    if header[:8] != _NPY_MAGIC or not 10 < len(header) <= _NPY_HEADER:
+        raise ValueError(f"it starts with {header[:8]!r}, expected {_NPY_MAGIC!r} and a header of at most {_NPY_HEADER} bytes")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header[8:]))
+    return shape, fortran, dtype
+
+
+def _what_is_wrong(sample: Sample, indexed: IndexedSample) -> str:
+    """Empty where the sample is one of format v1 and the index has its arrays."""
+    if sample.id != indexed.key:
+        return f"holds the id {sample.id!r}, expected that of its name"
+    if sample.task not in TASKS:
+        return f"is of the task {sample.task!r}, expected one of {', '.join(TASKS)}"
+    there = {member.name: member.length for member in indexed.members[1:]}
+    if len(there) < len(indexed.members) - 1:
+        return f"has two arrays of one name among {[member.suffix for member in indexed.members[1:]]}"
+    if {**sample.num_samples, **sample.num_frames} != there:
+        return f"names arrays of the lengths {sample.num_samples | sample.num_frames}, the index {there}"
+    for message in sample.messages:
+        if message.role not in _ROLES:
+            return f"has the role {message.role!r}, expected one of {sorted(_ROLES)}"
+        for part in message.content:
+            if part.type not in _PARTS or not isinstance(part.value, str):
+                return f"has a part of type {part.type!r} that holds {part.value!r:.80}"
+            if part.type != "text" and part.value not in there:
+                return f"speaks of {part.value!r}, which is not there"
+    return ""
