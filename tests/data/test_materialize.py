@@ -22,8 +22,10 @@ from megatron_omni.data.rows.pack import PlannedRows, RowSettings, open_rows, pl
 from megatron_omni.data.rows.plan import Plan
 from megatron_omni.data.rows.saved import SavedPlan
 from megatron_omni.data.rows.stream import Address, RowPacker
-from megatron_omni.data.shards.dataset import CodecProvenance, DatasetInfo, ShardedDataset, ShardRecord, Totals, write_table
+from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.shards.index import ShardIndex
+from megatron_omni.data.shards.info import CodecProvenance, DatasetInfo, Totals
+from megatron_omni.data.shards.table import ShardRecord, write_table
 from megatron_omni.data.shards.writer import ShardWriter
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.schema import Batch, RowShape

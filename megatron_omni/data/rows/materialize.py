@@ -27,8 +27,9 @@ from megatron_omni.data.rows.demands import Demands, Samples
 from megatron_omni.data.rows.plan import PlanFingerprint
 from megatron_omni.data.rows.saved import SavedPlan, row_bounds
 from megatron_omni.data.rows.selection import SplitSamples
-from megatron_omni.data.shards.dataset import Shard, ShardedDataset
+from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.shards.index import IndexedSample, Member
+from megatron_omni.data.shards.shard import Shard
 from megatron_omni.data.shards.writer import ShardWriter
 from megatron_omni.runtime.cli import progress
 from megatron_omni.runtime.errors import InputError, WorkError
