@@ -16,8 +16,8 @@ CHUNK = 4096
 """Vectors searched at once: 64 MiB of distances with 2048 entries."""
 
 TIE = 1e-5
-"""Two entries tie if their squared distances differ by less than this share of the latent's squared norm: what float32 rounding
-of the latents, some 1e-6 of their norm, can turn round."""
+"""Two entries tie if a move of the latent by this share of its norm can turn the choice round. Rounding in float32 moves latents by
+some 1e-7 of their norm (another batch) to 1e-6 (another number of threads, another implementation)."""
 
 
 @dataclass(frozen=True)
@@ -104,5 +104,7 @@ class SplitCodebooks:
         for entries_VP, code in zip(part.entries_KVP, one_K[start:codebook].tolist(), strict=False):
             residual_P = residual_P - entries_VP[code]
         entries_VP = part.entries_KVP[codebook - start]
-        a, b = (float((residual_P - entries_VP[int(codes[codebook])]).square().sum()) for codes in (one_K, other_K))
-        return abs(a - b) <= TIE * float(latent_P.square().sum())
+        a_P, b_P = entries_VP[int(one_K[codebook])], entries_VP[int(other_K[codebook])]
+        # | |r - a|^2 - |r - b|^2 | / 2|a - b| is the way from the residual to the plane between the two entries
+        gap = (residual_P - a_P).square().sum() - (residual_P - b_P).square().sum()
+        return bool(gap.abs() <= 2 * (a_P - b_P).norm() * TIE * latent_P.norm())

@@ -7,6 +7,7 @@ they give the same codes. Batched codes equal one-by-one codes:
   longest of their batch, each first to whole frames, and the frames of the padding are cut off.
 - Convolutions in TF32 would blur latents by batch, so float32 is float32.
 - The nearest entry is searched in float64 (``codebooks``), so that the shape of a batch never decides.
+- A CPU sums in another order with another number of threads; a codec keeps the number it was made under.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from megatron_omni.runtime.errors import InputError
 Backend = Literal["transformers", "moshi"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
-BATCH_SECONDS = 60.0
-"""Audio encoded at once, padding counted. The real Mimi's activations take about 90 MB a second in float32."""
+BATCH_SECONDS = {"cpu": 4.0, "accelerator": 60.0}
+"""Audio encoded at once by kind of device, padding counted. The real Mimi's activations take about 90 MB a second in float32;
+on a CPU they have outgrown its caches at 8 s, and 60 s at once take a third longer than clip after clip."""
 
 PADDING = 0.1
 """Largest share of a batch that may be padding."""
@@ -116,6 +118,8 @@ class Mimi:
         self.samples_per_frame: int = round(self.sample_rate / self.frame_rate)
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
+        self.threads: int = torch.get_num_threads()
+        """Of its arithmetic on a CPU, whichever thread calls: torch's number where the codec was made."""
         self.network.to(self.device, torch.float32)
         if self.dtype != torch.float32:
             _ = self.weights_hash, self.network.codebooks  # while the weights are what was loaded
@@ -161,11 +165,12 @@ class Mimi:
                 raise InputError(f"codec: clip {index} has shape {list(wave.shape)}, expected a mono waveform [W] with W > 0")
         frames = [self.num_frames(wave.size) for wave in waves]
         latents: list[torch.Tensor] = [torch.empty(0)] * len(waves)
-        for chosen in _batches(frames, max(1, math.floor(BATCH_SECONDS * self.frame_rate))):
+        capacity = math.floor(BATCH_SECONDS["cpu" if self.device.type == "cpu" else "accelerator"] * self.frame_rate)
+        for chosen in _batches(frames, max(1, capacity)):
             batch_BW = np.zeros((len(chosen), max(frames[index] for index in chosen) * self.samples_per_frame), np.float32)
             for row, index in zip(batch_BW, chosen, strict=True):
                 row[: waves[index].size] = waves[index]
-            with _full_precision():
+            with _full_precision(), _num_threads(self.threads):
                 latents_BTD = self.network.latents(torch.from_numpy(batch_BW)[:, None].to(self.device, self.dtype))
             for index, latents_TD in zip(chosen, latents_BTD, strict=True):
                 latents[index] = latents_TD[: frames[index]]
@@ -174,7 +179,8 @@ class Mimi:
     @torch.inference_mode()
     def search(self, latents_TD: torch.Tensor) -> np.ndarray:
         """uint16 [K, T]: the codes of latents."""
-        codes_KT = self.network.codebooks.search(latents_TD, self.num_codebooks)
+        with _num_threads(self.threads):
+            codes_KT = self.network.codebooks.search(latents_TD, self.num_codebooks)
         return np.ascontiguousarray(codes_KT.cpu().numpy(), dtype=np.uint16)
 
     @torch.inference_mode()
@@ -189,7 +195,7 @@ class Mimi:
         codes_KT = codes.astype(np.int64)
         if codes_KT.min() < 0 or codes_KT.max() >= self.card:
             raise InputError(f"codec: codes span {codes_KT.min()}..{codes_KT.max()}, expected 0..{self.card - 1}")
-        with _full_precision():
+        with _full_precision(), _num_threads(self.threads):
             audio = self.network.decode(torch.from_numpy(codes_KT)[None].to(self.device))
         wave: np.ndarray = audio[0, 0, : codes.shape[1] * self.samples_per_frame].float().cpu().numpy()
         return wave
@@ -224,6 +230,17 @@ def _full_precision() -> Iterator[None]:
     """float32 convolutions without TF32, by a fixed algorithm: a code is an argmin, and near ties must fall the same way."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield
+
+
+@contextmanager
+def _num_threads(count: int) -> Iterator[None]:
+    """``torch.set_num_threads`` holds for the calling thread; a convolution in a fresh one may take all cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _weights_hash(state: Mapping[str, torch.Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from transformers import MimiConfig, MimiModel, WhisperConfig
 
 from megatron_omni.audio import codec
-from megatron_omni.audio.codebooks import CodeDifferences
+from megatron_omni.audio.codebooks import TIE, CodeDifferences, ResidualCodebooks, SplitCodebooks
 from megatron_omni.audio.codec import Mimi
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.runtime.seeds import rng
@@ -27,6 +28,7 @@ CONFIG = {
     "codebook_size": 64,
     "codebook_dim": 16,
     "vector_quantization_hidden_dimension": 16,
+    "sliding_window": 20,  # 0.8 s
     "layer_scale_initial_scale": 0.5,  # so that attention, which could reach over padding, matters
 }
 
@@ -49,7 +51,8 @@ def waves(*lengths: int) -> list[np.ndarray]:
     return [(0.1 * rng("wave", n).standard_normal(n)).astype(np.float32) for n in lengths]
 
 
-LENGTHS = (9600, 1, 9593, 7681, 19200, 3000, 9600, 1920, 1921, 8000)
+# one sample, the edges of a frame (1920), of the attention's window (19200) and of twice as much
+LENGTHS = (9600, 1, 9593, 7681, 19200, 1919, 1920, 1921, 19199, 3000, 9600, 19201, 38399, 38400, 8000, 38401)
 
 
 def test_batched_equals_one_by_one_in_order(mimi: Mimi) -> None:
@@ -65,9 +68,28 @@ def test_batched_equals_one_by_one_in_order(mimi: Mimi) -> None:
 def test_batch_budget_does_not_change_codes(mimi: Mimi, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = waves(*LENGTHS)
     whole = mimi.encode(clips)
-    monkeypatch.setattr(codec, "BATCH_SECONDS", 0.5)
-    for a, b in zip(whole, mimi.encode(clips), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for seconds, padding in ((0.5, 0.1), (60.0, 1.0)):  # the latter: all in one batch, mostly padding
+        monkeypatch.setattr(codec, "BATCH_SECONDS", {"cpu": seconds})
+        monkeypatch.setattr(codec, "PADDING", padding)
+        for a, b in zip(whole, mimi.encode(clips), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_it_keeps_the_number_of_threads_it_was_made_under(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    made = Mimi(random_model())
+    latents = made.network.latents
+    monkeypatch.setattr(made.network, "latents", lambda waves_B1W: seen.append(torch.get_num_threads()) or latents(waves_B1W))
+    try:
+        torch.set_num_threads(before + 1)
+        made.encode(waves(5000))
+        thread = threading.Thread(target=made.encode, args=(waves(5000),))
+        thread.start()
+        thread.join()
+        assert (made.threads, seen) == (before, [before, before])
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_similar_lengths_share_a_batch() -> None:
@@ -106,6 +128,16 @@ def test_differences_are_counted_and_ties_told_apart(mimi: Mimi) -> None:
     codes[0][3] ^= 1
     found = twins.compare(clips, codes)
     assert (found.differing_frames, found.ties, found.beyond_ties) == (5, 5, 0)
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_a_tie_is_what_a_small_move_of_the_latent_turns_round(share: float) -> None:
+    entries = torch.tensor([[0.0, 1.0], [1e-3, 1.0]], dtype=torch.float64)  # close together, so distances alone hardly differ
+    books = SplitCodebooks(ResidualCodebooks(None, [entries]), ResidualCodebooks(None, []))
+    latents = torch.tensor([[5e-4 + share * TIE, 1.0]])
+    differences = books.differences(latents, np.array([[1]]), np.array([[0]]))
+    assert int(books.search(latents, 1)) == 1
+    assert differences.ties == (share < 1)
 
 
 def test_lower_precision_keeps_the_hash_and_changes_few_codes(mimi: Mimi) -> None:

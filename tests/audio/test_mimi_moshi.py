@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import MimiConfig, MimiModel
 
-from megatron_omni.audio.codec import Mimi, load_codec
-from megatron_omni.audio.mimi_moshi import MoshiMimi, from_moshi
+from megatron_omni.audio.codec import Backend, Mimi, load_codec
+from megatron_omni.audio.mimi_moshi import MoshiMimi, from_moshi, to_moshi
+from megatron_omni.demo.random_codec import random_mimi, sounds
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.runtime.seeds import rng
+
+NEEDS_MOSHI = "needs the moshi package: pip install --no-deps moshi; pip install einops sentencepiece sphn"
 
 CONFIG = MimiConfig(
     num_filters=4,
@@ -29,38 +32,31 @@ CONFIG = MimiConfig(
     codebook_size=64,
     codebook_dim=16,
     vector_quantization_hidden_dimension=16,
-    layer_scale_initial_scale=0.5,
     sliding_window=20,
 )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = MimiModel(CONFIG)
-    for name, buffer in model.named_buffers():
-        if name.endswith("embed_sum"):
-            buffer.normal_()
     folder = tmp_path_factory.mktemp("codec")
-    model.save_pretrained(folder)
+    random_mimi(CONFIG, fitted_seconds=10.0).save_pretrained(folder)
     return folder
 
 
-def clips(count: int, longest: float) -> list[np.ndarray]:
-    random = rng("clips", count)
-    lengths = np.exp(random.uniform(np.log(0.05), np.log(longest), count)) * 24_000
-    return [(0.1 * random.standard_normal(int(length))).astype(np.float32) for length in lengths]
+def lengths(count: int, longest: float) -> list[int]:
+    """From 0.05 s to ``longest`` seconds, as many short ones as long ones."""
+    return [int(24_000 * seconds) for seconds in np.exp(rng("clips", count).uniform(np.log(0.05), np.log(longest), count))]
 
 
 @pytest.fixture
 def moshi(folder: Path) -> Mimi:
-    pytest.importorskip("moshi", reason="needs the moshi package: pip install --no-deps moshi; pip install einops sentencepiece sphn")
+    pytest.importorskip("moshi", reason=NEEDS_MOSHI)
     return load_codec(folder, "moshi")
 
 
 def test_both_give_the_same_codes_and_sound(folder: Path, moshi: Mimi) -> None:
     reference = load_codec(folder)
-    waves = clips(24, 4.0)
+    waves = sounds(lengths(24, 4.0))
     codes = reference.encode(waves)
     differences = reference.compare(waves, moshi.encode(waves))
     assert differences.frames == sum(array.shape[1] for array in codes) > 200
@@ -78,7 +74,7 @@ def test_the_key_map_goes_both_ways(folder: Path, moshi: Mimi) -> None:
 
 
 def test_a_file_of_kyutai_needs_all_weights(tmp_path: Path) -> None:
-    pytest.importorskip("moshi", reason="needs the moshi package")
+    pytest.importorskip("moshi", reason=NEEDS_MOSHI)
     save_file({"encoder.model.0.conv.conv.weight": torch.zeros(1)}, tmp_path / "tokenizer.safetensors")
     with pytest.raises(InputError, match=r"tokenizer\.safetensors: cannot be loaded"):
         load_codec(tmp_path / "tokenizer.safetensors", "moshi")
@@ -93,32 +89,51 @@ def test_without_the_package_the_way_out_is_named(folder: Path, monkeypatch: pyt
         load_codec(folder, "moshi")
 
 
+def test_the_file_of_kyutai_has_our_layout_of_the_published_size() -> None:
+    """Names and shapes, in both directions; ``moshi.models.loaders.get_mimi`` builds what Kyutai's file is loaded into."""
+    loaders = pytest.importorskip("moshi.models.loaders", reason=NEEDS_MOSHI)
+    with torch.device("meta"):
+        theirs = loaders.get_mimi(None, device="meta", num_codebooks=32).state_dict()
+        ours = MimiModel(MimiConfig()).state_dict()
+    there = to_moshi(ours, MimiConfig().num_attention_heads, list(theirs))
+    assert {name: tensor.shape for name, tensor in there.items()} == {name: tensor.shape for name, tensor in theirs.items()}
+    back = from_moshi(theirs, MimiConfig())
+    assert {name: tensor.shape for name, tensor in back.items()} == {name: tensor.shape for name, tensor in ours.items()}
+
+
+@pytest.mark.slow
+def test_a_file_of_kyutai_gives_the_codes_of_their_loader(tmp_path: Path) -> None:
+    """At the published size: their architecture and defaults against ours, and their own search of the codebooks."""
+    loaders = pytest.importorskip("moshi.models.loaders", reason=NEEDS_MOSHI)
+    model = random_mimi(MimiConfig())
+    state = to_moshi(model.state_dict(), model.config.num_attention_heads, list(loaders.get_mimi(None).state_dict()))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "tokenizer.safetensors")
+    codec = load_codec(tmp_path / "tokenizer.safetensors", "moshi", num_codebooks=8)
+    theirs = loaders.get_mimi(tmp_path / "tokenizer.safetensors", num_codebooks=8)
+    waves = sounds([1, 1920, 30_000, 300_000])
+    with torch.inference_mode():
+        codes = [theirs.encode(torch.from_numpy(wave)[None, None])[0].numpy() for wave in waves]
+    differences = codec.compare(waves, codes)
+    print(f"\n{differences}")
+    assert differences.beyond_ties == 0
+    assert codec.weights_hash == Mimi(model).weights_hash
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", ["transformers", "moshi"])
-def test_batched_equals_single_at_published_size(backend: str, tmp_path: Path) -> None:
-    """200 clips of 0.05-20 s through 80 million random weights; only ties may differ."""
+def test_batched_equals_single_at_published_size(backend: Backend, tmp_path: Path) -> None:
+    """200 clips of 0.05-20 s through 80 million weights; only ties may differ. One clip at a time, by transformers, is the reference."""
     if backend == "moshi":
-        pytest.importorskip("moshi", reason="needs the moshi package")
-    torch.manual_seed(0)
-    model = MimiModel(MimiConfig(num_quantizers=8))
-    for name, buffer in model.named_buffers():
-        if name.endswith("embed_sum"):
-            buffer.normal_()
-    single, waves = Mimi(model), clips(200, 20.0)
-    # random weights shrink what passes through them: bring latents to the scale of the codebooks
-    scale = float(torch.cat(single.latents(waves[:10])).std())
-    with torch.no_grad():
-        for part in (model.quantizer.semantic_residual_vector_quantizer, model.quantizer.acoustic_residual_vector_quantizer):
-            part.input_proj.weight.div_(scale * float(part.input_proj.weight.std()) * model.config.hidden_size**0.5)
-    model.save_pretrained(tmp_path)
-    batched = load_codec(tmp_path, backend)
-    codes = batched.encode(waves)
+        pytest.importorskip("moshi", reason=NEEDS_MOSHI)
+    random_mimi(MimiConfig(num_quantizers=8)).save_pretrained(tmp_path)
+    waves = sounds(lengths(200, 20.0), seed=1)
     reference = load_codec(tmp_path)
-    one_by_one = [reference.encode([wave])[0] for wave in waves]
-    differences = reference.compare(waves, codes)
-    equal = sum(np.array_equal(a, b) for a, b in zip(codes, one_by_one, strict=True))
-    used = np.unique(np.concatenate(one_by_one, axis=1)).size
-    print(f"\n{backend}: {differences}, beyond ties {differences.beyond_ties}, {equal} of 200 clips equal, {used} entries in use")
-    assert used > 500
+    single = [reference.encode([wave])[0] for wave in waves]
+    batched = load_codec(tmp_path, backend).encode(waves)
+    differences = reference.compare(waves, batched)
+    equal = sum(np.array_equal(a, b) for a, b in zip(single, batched, strict=True))
+    used = [np.unique(codes).size for codes in np.concatenate(single, axis=1)]
+    print(f"\n{backend}: {differences}, beyond ties {differences.beyond_ties}, {equal} of 200 clips equal, entries in use {used}")
+    assert min(used) > 500
     assert differences.beyond_ties == 0
