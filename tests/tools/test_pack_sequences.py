@@ -75,6 +75,14 @@ def test_a_sample_that_fits_no_row_is_named(made: Path, tmp_path: Path, monkeypa
     assert done.returncode == 2
     assert "utt" in done.stderr and "encoder" in done.stderr and "enlarge the row" in done.stderr
     assert not (tmp_path / "plan").exists()
+    dropped = pack(
+        made, tmp_path / "plan", "--seq-len", "96", "--codec-len", "8", "--encoder-len", "16", "--long-samples", "drop", "--json"
+    )
+    assert dropped.returncode == 0, dropped.stderr
+    summary = json.loads(dropped.stdout)
+    names = (tmp_path / "plan" / "long_samples.txt").read_text().splitlines()
+    assert 0 < summary["dropped"] == len(names) == 30 - summary["samples"]
+    assert all(name.startswith("utt") for name in names)
 
 
 def test_a_recipe_gives_the_rows_of_its_run_materialized(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from megatron_omni.data.rows.saved import SavedPlan
 from megatron_omni.data.rows.selection import LongSamples, Selection, select
 from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tokenizer import OmniTokenizer
+from megatron_omni.runtime.files import atomic_write
 from megatron_omni.schema import RowShape
 
 
@@ -118,13 +119,18 @@ class PackSummary:
 
 
 def write_rows(planned: PlannedRows, epochs: range, out: Path, materialized: bool = False) -> PackSummary:
-    """Writes the rows that the training stream makes of ``epochs``: as a plan, or as packed shards with their samples."""
+    """Writes the rows that the training stream makes of ``epochs``: as a plan, or as packed shards with their samples.
+
+    The ids of samples that were dropped or split stand in ``long_samples.txt`` beside it, if there are any.
+    """
     saved = SavedPlan.compute(planned.plan, epochs)
     selection = planned.selection
     if materialized:
         materialize(saved, selection.samples, selection.demands.longest_clip, planned.fingerprint, out)
     else:
         saved.save(out, planned.fingerprint)
+    if long := [*selection.dropped.tolist(), *selection.split.tolist()]:
+        atomic_write(out / "long_samples.txt", "".join(f"{selection.samples.sample(number).id}\n" for number in long))
     num_rows = len(saved.rows) - 1
     demand = np.zeros(saved.demands.shape[1], np.int64)
     for start in range(0, len(saved.samples), 1 << 20):  # a slice at a time: the table may be mapped and large
