@@ -29,6 +29,7 @@ setup(
         "soundfile",
         "soxr",
         "fsspec",
+        "filelock",
         "datasets",
         "orjson",
         "xxhash",
