@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from megatron_omni.audio.codec import Mimi
 from megatron_omni.data.shards.dataset import AUDIO_RATE, DatasetInfo, ShardedDataset
 from megatron_omni.runtime.cli import progress
+from megatron_omni.runtime.errors import InputError
 from megatron_omni.runtime.files import atomic_write
 from megatron_omni.runtime.seeds import rng
 from megatron_omni.schema import Sample
@@ -45,6 +46,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class TaskSummary:
+    """Of one task; samples and hours are estimated where only ``READ`` samples are read."""
+
     samples: int
     hours: float
     """Of audio heard."""
@@ -103,10 +106,15 @@ def inspect_shards(folder: Path, page: Path | None = None, codec: Mimi | None = 
         codec: Decodes codes for the page; None: only what is stored as audio can be heard.
 
     Raises:
-        InputError: There is no finished data set in ``folder``.
+        InputError: There is no finished data set in ``folder``, or ``codec`` is not the one that made its codes.
         WorkError: A member that is read is damaged.
     """
     info, data = DatasetInfo.read(folder), ShardedDataset.open([folder])
+    if codec is not None and info.codec is not None and codec.weights_hash != info.codec.weights_hash:
+        raise InputError(
+            f"{folder}: its codes are of {info.codec.name} ({info.codec.weights_hash[:12]}...), the codec given has the weights "
+            f"{codec.weights_hash[:12]}... and would play noise; give --codec {info.codec.name}"
+        )
     order = rng("inspect", seed).permutation(len(data)) if len(data) > READ else np.arange(len(data))
     rate = info.codec.frame_rate if info.codec is not None else 1.0
     counts = np.zeros((info.codec.num_codebooks, info.codec.card), np.int64) if info.codec is not None else np.zeros((0, 1), np.int64)
@@ -176,9 +184,14 @@ def _data_url(wave: np.ndarray, rate: int) -> str:
 
 
 def _page(name: str, summary: InspectSummary, lengths: dict[str, _Lengths], counts_KV: np.ndarray, heard: list[_Heard]) -> str:
-    template = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("inspect.html")
-    charts = [figure.to_html(full_html=False, include_plotlyjs=False) for figure in _figures(lengths, counts_KV)]
-    return template.render(name=name, summary=summary, charts=charts, heard=heard, plotly=get_plotlyjs())
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    charts = [
+        figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"chart-{number}")
+        for number, figure in enumerate(_figures(lengths, counts_KV))
+    ]
+    return environment.get_template("inspect.html").render(name=name, summary=summary, charts=charts, heard=heard, plotly=get_plotlyjs())
 
 
 def _figures(lengths: dict[str, _Lengths], counts_KV: np.ndarray) -> Iterator[go.Figure]:
