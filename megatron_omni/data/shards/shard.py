@@ -15,7 +15,7 @@ import mmap
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import orjson
@@ -24,7 +24,7 @@ import xxhash
 
 from megatron_omni.audio.waveform import read_audio, resample
 from megatron_omni.config.model import CodecConfig
-from megatron_omni.data.shards.index import BESIDE, IndexedSample, Member, ShardIndex
+from megatron_omni.data.shards.index import BESIDE, NAME_AND_KIND, IndexedSample, Member, ShardIndex
 from megatron_omni.data.shards.info import AUDIO_RATE
 from megatron_omni.data.shards.table import ShardRecord
 from megatron_omni.runtime.errors import InputError, WorkError
@@ -33,11 +33,11 @@ from megatron_omni.schema import TASKS, Sample
 HEADER = tarfile.BLOCKSIZE
 """Bytes of a tar header; a member's lies right before it."""
 
-_ROLES, _PARTS = {"system", "user", "assistant"}, {"text", "audio", "codes"}
-_NPY_MAGIC = b"\x93NUMPY\x01\x00"
-_NPY_HEADER = 1024
-"""Bytes that a sane .npy header stays below."""
-_ADLER = 65521
+_ROLES, _ARRAYS = {"system", "user", "assistant"}, {"audio", "codes"}
+NPY_HEADER = 128
+"""Bytes of the header of an ordinary .npy file."""
+_UINT16 = np.dtype(np.uint16)
+_largest = np.maximum.reduce
 
 
 class DamagedError(WorkError):
@@ -130,14 +130,13 @@ class Shard:
 
     def all_audio(self, indexed: IndexedSample) -> dict[str, np.ndarray]:
         """``audio`` of each, by name."""
-        return {member.name: self.audio(indexed, member) for member in indexed.members if member.kind == "audio"}
+        named = [(*NAME_AND_KIND[member.suffix], member) for member in indexed.members]
+        return {name: self.audio(indexed, member) for name, kind, member in named if kind == "audio"}
 
     def all_codes(self, indexed: IndexedSample, codec: CodecConfig | None) -> dict[str, np.ndarray]:
         """``codes`` of each, by name; ``codec`` is that of the data set."""
-        members = [member for member in indexed.members if member.kind == "codes"]
-        if members and codec is None:
-            raise self.fault(indexed, members[0], "dataset.json names no codec; build the data set again")
-        return {member.name: self.codes(indexed, member, codec) for member in members if codec is not None}
+        named = [(*NAME_AND_KIND[member.suffix], member) for member in indexed.members]
+        return {name: self.codes(indexed, member, codec) for name, kind, member in named if kind == "codes"}
 
     # its members
 
@@ -149,7 +148,7 @@ class Shard:
             data = self._beside[start : start + member.size]
         else:
             block = self._tar[member.offset - HEADER : member.offset + member.size]
-            if len(block) != HEADER + member.size or not _is_header(bytes(block[:HEADER]), member.size):
+            if not _is_header(block[:HEADER]):
                 raise DamagedError(self._message(sample, member, "its tar header is damaged; build the shard again"))
             data = block[HEADER:]
         if len(data) != member.size or xxhash.xxh3_64_intdigest(data) != member.xxh3:
@@ -168,20 +167,21 @@ class Shard:
             raise self.fault(indexed, member, f"decodes to {len(wave)} wave samples, the index says {member.length}")
         return wave
 
-    def codes(self, indexed: IndexedSample, member: Member, codec: CodecConfig) -> np.ndarray:
+    def codes(self, indexed: IndexedSample, member: Member, codec: CodecConfig | None) -> np.ndarray:
         """uint16 [K, T], every code below the card; a read-only view of the tar where it is mapped."""
+        if codec is None:
+            raise self.fault(indexed, member, "dataset.json names no codec; build the data set again")
         data = self.read(indexed, member)
         try:
-            start = 10 + int.from_bytes(data[8:10], "little")
-            shape, fortran, dtype = _npy_header(bytes(data[:start]))
-            if dtype != np.uint16 or shape != (codec.num_codebooks, member.length):
+            shape, dtype, order, start = _npy_header(bytes(data[:NPY_HEADER]))
+            if dtype != _UINT16 or shape != (codec.num_codebooks, member.length):
                 raise self.fault(indexed, member, f"is {dtype} {list(shape)}, expected uint16 {[codec.num_codebooks, member.length]}")
-            flat: np.ndarray = np.frombuffer(data, dtype, codec.num_codebooks * member.length, start)
-        except ValueError as error:
+            codes: np.ndarray = np.ndarray(shape, dtype, data, start, None, order)
+        except (ValueError, TypeError) as error:  # TypeError: the array would be longer than its bytes
             raise self.fault(indexed, member, f"is no .npy array ({error})") from error
-        if flat.size and flat.max() >= codec.card:
-            raise self.fault(indexed, member, f"holds the code {flat.max()}, expected 0..{codec.card - 1}")
-        return flat.reshape(shape, order="F" if fortran else "C")
+        if codes.size and (largest := int(_largest(codes, None))) >= codec.card:
+            raise self.fault(indexed, member, f"holds the code {largest}, expected 0..{codec.card - 1}")
+        return codes
 
     def fault(self, sample: IndexedSample, member: Member, what: str) -> WorkError:
         return WorkError(self._message(sample, member, what))
@@ -226,28 +226,34 @@ def _decode(data: io.BytesIO, length: int) -> np.ndarray:
     return wave
 
 
-def _is_header(header: bytes, size: int) -> bool:
-    """Whether a tar header is of a file of ``size`` bytes and has the checksum that it tells: its sum, with its own 8 bytes as blanks."""
-    told = header[148:156]
-    try:
-        whole = (_sum(header) - _sum(told) + 8 * 32 - int(told.strip(b" \0"), 8)) % _ADLER == 0
-        return whole and (header[124:135] == b"%011o" % size or tarfile.nti(header[124:136]) == size)  # type: ignore[attr-defined]
-    except (ValueError, tarfile.TarError):
-        return False
+def _is_header(header: memoryview) -> bool:
+    """Whether a tar header has the checksum that it tells: the sum of its bytes.
 
-
-def _sum(data: bytes) -> int:
-    """Of all bytes plus 1, modulo 65521: the lower half of an Adler-32, which C code computes."""
-    return zlib.adler32(data) & 0xFFFF
+    The lower half of an Adler-32 is that sum plus 1, modulo 65521, in C.
+    """
+    return zlib.adler32(header) & 0xFFFF == _adler_of_header(bytes(header[148:156]))
 
 
 @functools.lru_cache(4096)
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether Fortran order, dtype; parsed once for all arrays alike. Raises ``ValueError``."""
-    if header[:8] != _NPY_MAGIC or not 10 < len(header) <= _NPY_HEADER:
-        raise ValueError(f"it starts with {header[:8]!r}, expected {_NPY_MAGIC!r} and a header of at most {_NPY_HEADER} bytes")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header[8:]))
-    return shape, fortran, dtype
+def _adler_of_header(told: bytes) -> int:
+    """Lower half of the Adler-32 of a header with the checksum ``told``, whose own eight bytes count as blanks; -1: no checksum."""
+    try:
+        return (1 + int(told.strip(b" \0"), 8) - 8 * 32 + sum(told)) % 65521
+    except ValueError:
+        return -1
+
+
+@functools.lru_cache(4096)
+def _npy_header(start: bytes) -> tuple[tuple[int, ...], np.dtype, Literal["C", "F"], int]:
+    """Shape, dtype, order and place of the first number, from the first ``NPY_HEADER`` bytes; parsed once for all arrays alike.
+
+    Raises ``ValueError``.
+    """
+    stop = 10 + int.from_bytes(start[8:10], "little")
+    if start[:8] != b"\x93NUMPY\x01\x00" or stop > len(start):
+        raise ValueError(f"it starts with {start[:10]!r}, expected a header of version 1 within {NPY_HEADER} bytes")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(start[8:stop]))
+    return shape, dtype, "F" if fortran else "C", stop
 
 
 def _what_is_wrong(sample: Sample, indexed: IndexedSample) -> str:
@@ -256,17 +262,17 @@ def _what_is_wrong(sample: Sample, indexed: IndexedSample) -> str:
         return f"holds the id {sample.id!r}, expected that of its name"
     if sample.task not in TASKS:
         return f"is of the task {sample.task!r}, expected one of {', '.join(TASKS)}"
-    there = {member.name: member.length for member in indexed.members[1:]}
-    if len(there) < len(indexed.members) - 1:
-        return f"has two arrays of one name among {[member.suffix for member in indexed.members[1:]]}"
-    if {**sample.num_samples, **sample.num_frames} != there:
-        return f"names arrays of the lengths {sample.num_samples | sample.num_frames}, the index {there}"
+    told = {**sample.num_samples, **sample.num_frames}
+    members = indexed.members
+    if told != {NAME_AND_KIND[member.suffix][0]: member.length for member in members[1:]} or len(told) < len(members) - 1:
+        return f"names arrays of the lengths {told}, the index {[(member.suffix, member.length) for member in members[1:]]}"
     for message in sample.messages:
         if message.role not in _ROLES:
             return f"has the role {message.role!r}, expected one of {sorted(_ROLES)}"
         for part in message.content:
-            if part.type not in _PARTS or not isinstance(part.value, str):
-                return f"has a part of type {part.type!r} that holds {part.value!r:.80}"
-            if part.type != "text" and part.value not in there:
-                return f"speaks of {part.value!r}, which is not there"
+            if part.type == "text":
+                if not isinstance(part.value, str):
+                    return f"has the text {part.value!r:.80}, expected a string"
+            elif part.type not in _ARRAYS or part.value not in told:
+                return f"has a part of type {part.type!r} and speaks of {part.value!r:.80}, expected the name of an array that is there"
     return ""
