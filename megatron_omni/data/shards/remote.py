@@ -236,22 +236,22 @@ class RemoteTar:
     """``TarBytes`` of a tar that stays where it is, read by blocks; the last ones are kept."""
 
     def __init__(self, files: RemoteFiles, record: ShardRecord) -> None:
-        self._files, self._name, self.size = files, record.name, record.tar_bytes
+        self._files, self._name, self._size = files, record.name, record.tar_bytes
         self._block = functools.lru_cache(BLOCKS)(self._read_block)
 
+    def __len__(self) -> int:
+        return self._size
+
     def __getitem__(self, place: slice, /) -> memoryview:
-        start, stop, _ = place.indices(self.size)
+        start, stop, _ = place.indices(self._size)
         first = start // BLOCK
         blocks = [self._block(number) for number in range(first, -(-stop // BLOCK))]
         joined = blocks[0] if len(blocks) == 1 else b"".join(blocks)
         return memoryview(joined)[start - first * BLOCK : stop - first * BLOCK]
 
-    def close(self) -> None:
-        self._block.cache_clear()
-
     def _read_block(self, number: int) -> bytes:
-        start, stop = number * BLOCK, min((number + 1) * BLOCK, self.size)
-        return self._files.read_from(self._name, start, stop, self.size)[: stop - start]
+        start, stop = number * BLOCK, min((number + 1) * BLOCK, self._size)
+        return self._files.read_from(self._name, start, stop, self._size)[: stop - start]
 
 
 class Prefetcher:

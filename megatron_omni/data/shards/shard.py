@@ -8,7 +8,6 @@ A file that is cut while it is mapped ends the process (SIGBUS), as with any map
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import mmap
@@ -20,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 import orjson
 import soundfile
-import xxhash
+from xxhash import xxh3_64_intdigest
 
 from megatron_omni.audio.waveform import read_audio, resample
 from megatron_omni.config.model import CodecConfig
@@ -45,35 +44,20 @@ class DamagedError(WorkError):
 
 
 class TarBytes(Protocol):
-    """The bytes of a tar, wherever it lies."""
+    """The bytes of a tar, wherever it lies; a ``memoryview`` is one."""
 
-    size: int
+    def __len__(self) -> int: ...
 
     def __getitem__(self, place: slice, /) -> memoryview: ...
 
-    def close(self) -> None: ...
 
-
-class MappedFile:
-    """A local file, mapped."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            with open(path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: it is empty
-            raise WorkError(f"{path}: cannot be read ({error}); build the shard again") from error
-        self._view = memoryview(self._map)
-        self.size = len(self._view)
-
-    def __getitem__(self, place: slice, /) -> memoryview:
-        return self._view[place]
-
-    def close(self) -> None:
-        """Unmaps the file, or leaves that to the last array that views it."""
-        self._view.release()
-        with contextlib.suppress(BufferError):
-            self._map.close()
+def map_file(path: Path) -> memoryview:
+    """A local file, mapped read-only until the last view of it is gone."""
+    try:
+        with open(path, "rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:  # ValueError: it is empty
+        raise WorkError(f"{path}: cannot be read ({error}); build the shard again") from error
 
 
 class Shard:
@@ -102,15 +86,13 @@ class Shard:
         self.index = ShardIndex.open(path.with_suffix(".index"))
         if record is not None and (self.index.tar_sha256, len(self.index)) != (record.tar_sha256, record.samples):
             raise WorkError(f"{path.with_suffix('.index')}: is the index of another tar; build the shard again")
-        self._tar = MappedFile(path) if tar is None else tar
-        self._beside = MappedFile(path.with_suffix(".samples")) if (self.index.members["offset"] >= BESIDE).any() else None
+        self._tar: TarBytes = map_file(path) if tar is None else tar
+        self._beside = map_file(path.with_suffix(".samples")) if (self.index.members["offset"] >= BESIDE).any() else None
         self._check_places()
 
     def close(self) -> None:
-        """Closes the tar; the end of the object does so too."""
-        for file in (self._tar, self._beside):
-            if file is not None:
-                file.close()
+        """Lets go of the tar, as the end of the object does; arrays that view it stay valid."""
+        self._tar, self._beside = memoryview(b""), None
 
     # a sample
 
@@ -142,16 +124,16 @@ class Shard:
 
     def read(self, sample: IndexedSample, member: Member) -> memoryview:
         """The bytes of a member, read-only; raises ``DamagedError`` where they or its tar header are not those that were written."""
-        if member.offset & BESIDE:
+        _, offset, size, xxh3, _ = member
+        if offset & BESIDE:
             assert self._beside is not None
-            start = member.offset - BESIDE
-            data = self._beside[start : start + member.size]
+            data = self._beside[offset - BESIDE : offset - BESIDE + size]
         else:
-            block = self._tar[member.offset - HEADER : member.offset + member.size]
-            if not _is_header(block[:HEADER]):
+            block = self._tar[offset - HEADER : offset + size]
+            header, data = block[:HEADER], block[HEADER:]
+            if zlib.adler32(header) & 0xFFFF != _adler_of_header(bytes(header[148:156])):
                 raise DamagedError(self._message(sample, member, "its tar header is damaged; build the shard again"))
-            data = block[HEADER:]
-        if len(data) != member.size or xxhash.xxh3_64_intdigest(data) != member.xxh3:
+        if xxh3_64_intdigest(data) != xxh3:
             what = "its bytes do not match the hash in the index; the shard is damaged: build it again"
             raise DamagedError(self._message(sample, member, what))
         return data
@@ -194,15 +176,16 @@ class Shard:
         """That all members lie in the tar, and no key twice."""
         samples, members = self.index.samples, self.index.members
         here = members[members["offset"] < BESIDE]
-        outside = (here["offset"] < HEADER) | (here["offset"] > self._tar.size) | (here["bytes"] > self._tar.size - here["offset"])
-        if outside.any() or self._tar.size != self.index.tar_bytes:
-            what = f"has {self._tar.size} bytes, its index says {self.index.tar_bytes}; it is cut or changed: build it again"
+        size = len(self._tar)
+        outside = (here["offset"] < HEADER) | (here["offset"] > size) | (here["bytes"] > size - here["offset"])
+        if outside.any() or size != self.index.tar_bytes:
+            what = f"has {size} bytes, its index says {self.index.tar_bytes}; it is cut or changed: build it again"
             if outside.any():
                 lost = next(
                     f"{sample.key}.{member.suffix} at offset {member.offset}"
                     for sample in self.index
                     for member in sample.members
-                    if not member.offset & BESIDE and not HEADER <= member.offset <= self._tar.size - member.size
+                    if not member.offset & BESIDE and not HEADER <= member.offset <= size - member.size
                 )
                 what += f"; the first member that is not there whole: {lost}"
             raise DamagedError(f"{self.place}: {what}")
@@ -226,17 +209,13 @@ def _decode(data: io.BytesIO, length: int) -> np.ndarray:
     return wave
 
 
-def _is_header(header: memoryview) -> bool:
-    """Whether a tar header has the checksum that it tells: the sum of its bytes.
-
-    The lower half of an Adler-32 is that sum plus 1, modulo 65521, in C.
-    """
-    return zlib.adler32(header) & 0xFFFF == _adler_of_header(bytes(header[148:156]))
-
-
 @functools.lru_cache(4096)
 def _adler_of_header(told: bytes) -> int:
-    """Lower half of the Adler-32 of a header with the checksum ``told``, whose own eight bytes count as blanks; -1: no checksum."""
+    """What the lower half of the Adler-32 of a tar header must be that tells the checksum ``told``; -1 where that is no number.
+
+    The checksum of a tar header is the sum of its bytes, its own eight counted as blanks; the lower half of an Adler-32 is the sum
+    of all bytes plus 1, modulo 65521, and is computed in C.
+    """
     try:
         return (1 + int(told.strip(b" \0"), 8) - 8 * 32 + sum(told)) % 65521
     except ValueError:
