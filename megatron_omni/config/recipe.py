@@ -72,6 +72,9 @@ class DataConfig(Strict):
     plan: Path | None = Field(None, description="folder written by tools/pack_sequences.py; null: rows are planned as they are needed")
     augment: AugmentConfig = AugmentConfig()
     virtual_streams: int = Field(64, ge=1, description="independent streams of rows; data-parallel sizes divide it; it fixes the order")
+    damaged_samples: float = Field(
+        0.001, ge=0, le=1, description="largest share of samples that may turn out unreadable and are left out; beyond it the run ends"
+    )
     num_workers: int = Field(1, ge=0, description="processes per rank that read shards and pack rows; 0: in the rank itself")
 
 

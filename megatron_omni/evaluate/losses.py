@@ -19,7 +19,8 @@ from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.data.render import demand, render
 from megatron_omni.data.rows.demands import Demands, Samples
-from megatron_omni.data.rows.stream import PackedRows, RowPacker, evaluation_batches
+from megatron_omni.data.rows.packer import PackedRows, RowPacker
+from megatron_omni.data.rows.stream import evaluation_batches
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.export.modeling import OmniForConditionalGeneration
 from megatron_omni.runtime.cli import progress

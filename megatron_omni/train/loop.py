@@ -49,6 +49,7 @@ class Trainer:
         self.fingerprints = fingerprints
         self.start_step = start_step
         self.samples = checkpoint.state.samples if checkpoint else 0
+        self.skipped = 0
         self._frozen = (
             checkpoint.frozen if checkpoint else save_frozen(self.recipe.run.dir, zero_state.frozen_slices(engine.deepspeed), comm)
         )
@@ -73,6 +74,7 @@ class Trainer:
                 self._unigram.add(packed.batch)
             # all rows of the global batch: each tensor-parallel group counts its own once
             self.samples += int(self._sum(float(sum(len(row) for packed in rows.micro_batches for row in packed.keys))))
+            self.skipped += len(rows.skipped)
             last = step + 1 == train.steps
             if last or (step + 1) % train.log_every == 0:
                 report = self._report(step, lr, rows, result, time.perf_counter() - started, waited)
@@ -125,6 +127,8 @@ class Trainer:
             fill={name: self._sum(value) / self.engine.groups.topology.data for name, value in fill.items()},
             seconds=seconds,
             data_wait_seconds=waited,
+            data_stall=self._largest(waited / seconds),
+            skipped_samples=int(self._sum(self.skipped)),
             memory_bytes=_peak_memory(self.engine.device),
         )
 
@@ -142,6 +146,12 @@ class Trainer:
         total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total, group=self.engine.groups.get_data_parallel_group())
         return total.item()
+
+    def _largest(self, value: float) -> float:
+        """Over all ranks."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
 
 
 def _count_tokens(batches: list[Batch]) -> float:

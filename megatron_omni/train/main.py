@@ -20,9 +20,10 @@ from megatron_omni.config.load import dump_recipe, load_recipe
 from megatron_omni.config.model import ModelConfig
 from megatron_omni.config.recipe import Recipe
 from megatron_omni.data.rows.augment import Augmentation
-from megatron_omni.data.rows.demands import measure
-from megatron_omni.data.rows.stream import RowPacker, RowStream, StreamState
-from megatron_omni.data.shards.dataset import ShardedDataset
+from megatron_omni.data.rows.demands import Samples
+from megatron_omni.data.rows.pack import RowSettings, open_rows
+from megatron_omni.data.rows.packer import RowPacker
+from megatron_omni.data.rows.stream import RowStream, StreamState
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.engine import zero_state
 from megatron_omni.engine.engine import OmniEngine
@@ -77,33 +78,31 @@ def train(recipe: Recipe, world: World, device: torch.device) -> TrainSummary:
     groups = ParallelGroups(Topology(world.size, recipe.parallel.tensor, world.rank))
     comm = Distributed()
     tokenizer = OmniTokenizer.load(recipe.data.tokenizer)
-    dataset = ShardedDataset.open(recipe.data.train)
-    model_config = resolve_model(recipe.model, dataset, tokenizer)
+    rows = open_rows(recipe.data.train, tokenizer, RowSettings.of(recipe), recipe.data.plan)
+    model_config = resolve_model(recipe.model, rows.samples, tokenizer)
     recipe = recipe.model_copy(update={"model": model_config})
     engine = OmniEngine(recipe, model_config, groups, device)
 
     checkpoint = restore(engine, recipe.run.dir, comm)
     start_step = checkpoint.state.step if checkpoint else 0
-    geometry = EncoderGeometry.of(model_config)
     assert model_config.codec is not None
-    delay = model_config.audio_head.acoustic_delay
-    demands = measure(dataset, tokenizer, geometry, delay)
     packer = RowPacker(
-        dataset,
+        rows.samples,
         tokenizer,
-        geometry,
+        EncoderGeometry.of(model_config),
         LogMel(model_config.features),
         model_config.codec,
         recipe.row.shape,
-        delay,
+        model_config.audio_head.acoustic_delay,
         groups.topology.tensor,
-        demands.longest_clip,
+        rows.demands.longest_clip,
         Augmentation(recipe.data.augment, model_config.features, recipe.run.seed) if recipe.data.augment.keeps_lengths else None,
+        skip_damaged=True,
     )
     stream = RowStream(
         packer,
-        demands,
-        seed=recipe.run.seed,
+        rows.plan,
+        rows.fingerprint,
         virtual_streams=recipe.data.virtual_streams,
         dp_rank=groups.topology.data_rank,
         dp_size=dp_size,
@@ -111,11 +110,13 @@ def train(recipe: Recipe, world: World, device: torch.device) -> TrainSummary:
         micro_batches=recipe.accumulation(dp_size),
         num_workers=recipe.data.num_workers,
         state=None if checkpoint is None else StreamState.from_json(checkpoint.state.data),  # type: ignore[arg-type]
+        damaged_samples=recipe.data.damaged_samples,
+        pinned=device.type == "cuda",
     )
     if world.is_first:
         RunDirectory(recipe.run.dir).describe(dump_recipe(recipe), world.size)
     comm.barrier()
-    fingerprints = {"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint}
+    fingerprints = {"tokenizer": tokenizer.fingerprint, "data": rows.samples.fingerprint}
     with Trainer(engine, stream, comm, fingerprints, start_step, checkpoint) as trainer:
         report = trainer.run()
     return TrainSummary(str(recipe.run.dir), recipe.train.steps, report.loss if report else float("nan"))
@@ -130,12 +131,12 @@ def restore(engine: OmniEngine, run: Path, comm: Distributed) -> Checkpoint | No
     return checkpoint
 
 
-def resolve_model(config: ModelConfig, dataset: ShardedDataset, tokenizer: OmniTokenizer) -> ModelConfig:
+def resolve_model(config: ModelConfig, samples: Samples, tokenizer: OmniTokenizer) -> ModelConfig:
     """Fills in what the data decide: the codec and the vocabulary.
 
     Raises ``InputError`` where the recipe says otherwise.
     """
-    codec = dataset.codec
+    codec = samples.codec
     if codec is None:
         raise InputError("the training shards hold no codec provenance: build them with tools/make_shards.py --codec")
     if config.codec is not None and config.codec != codec:

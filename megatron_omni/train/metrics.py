@@ -92,7 +92,7 @@ class MetricsWriter:
 
 
 def scalars(report: StepReport) -> dict[str, float]:
-    """The report as flat scalars: ``codec_loss/0``, ``fill/seq``, ..."""
+    """The report as flat scalars: ``codec_loss/0``, ``fill/seq``, ``data/stall``, ..."""
     flat: dict[str, float] = {}
     for name, value in report.to_json().items():
         if isinstance(value, dict):
@@ -100,7 +100,7 @@ def scalars(report: StepReport) -> dict[str, float]:
         elif isinstance(value, list | tuple):
             flat |= {f"{name}/{k}": item for k, item in enumerate(value)}
         else:
-            flat[name] = value
+            flat["data/stall" if name == "data_stall" else name] = value
     return flat
 
 
@@ -121,7 +121,7 @@ def console_line(report: StepReport, steps: int) -> str:
         f"{report.tokens_per_second:,.0f} tok/s",
         f"{report.audio_seconds_per_second:.1f} s audio/s",
         f"fill {max(report.fill.values(), default=0.0):.1%}",
-        f"{report.seconds:.2f} s (data {report.data_wait_seconds / max(report.seconds, 1e-9):.0%})",
+        f"{report.seconds:.2f} s (data {report.data_stall:.0%})",
         f"{report.memory_bytes / 2**30:.2f} GiB",
     ]
     return "  ".join(parts)

@@ -15,7 +15,7 @@ from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.config.model import FeatureConfig
 from megatron_omni.config.recipe import AugmentConfig
 from megatron_omni.data.rows.augment import Augmentation, mask_bands, mix, read_noise, warp_frequencies
-from megatron_omni.data.rows.stream import Address, RowPacker
+from megatron_omni.data.rows.packer import Address, RowPacker
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.runtime.seeds import rng
@@ -127,7 +127,7 @@ def test_only_the_audio_of_a_batch_is_distorted(
     plain, distorted = RowPacker(*parts), RowPacker(*parts, augmentation=Augmentation(options, log_mel.config, seed=0))
     row = np.arange(6)
     one, same, other, clean = (
-        packer[[Address(window, row)]].batch for packer, window in ((distorted, 1), (distorted, 1), (distorted, 2), (plain, 1))
+        packer.pack([Address(window, row)]).batch for packer, window in ((distorted, 1), (distorted, 1), (distorted, 2), (plain, 1))
     )
     for field in dataclasses.fields(Batch):
         tensors = [getattr(batch, field.name) for batch in (one, same, other, clean)]

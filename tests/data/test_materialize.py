@@ -21,7 +21,7 @@ from megatron_omni.data.rows.materialize import MaterializedRows, materialize
 from megatron_omni.data.rows.pack import PlannedRows, RowSettings, open_rows, plan_rows, write_rows
 from megatron_omni.data.rows.plan import Plan
 from megatron_omni.data.rows.saved import SavedPlan
-from megatron_omni.data.rows.stream import Address, RowPacker
+from megatron_omni.data.rows.packer import Address, RowPacker
 from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.shards.index import ShardIndex
 from megatron_omni.data.shards.info import CodecProvenance, DatasetInfo, Totals
@@ -97,7 +97,7 @@ def batches(samples: Samples, plan: Plan, tokenizer, geometry, log_mel) -> list[
     made = []
     for ordinal in range(EPOCHS.start * plan.windows_per_epoch, EPOCHS.stop * plan.windows_per_epoch):
         for row in plan.window(ordinal):
-            packed = packer[[Address(ordinal, row)]]
+            packed = packer.pack([Address(ordinal, row)])
             made.append((packed.keys[0], packed.batch))
     return made
 

@@ -17,8 +17,10 @@ import torch
 from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.data.render import demand, render
-from megatron_omni.data.rows.demands import Demands, measure
-from megatron_omni.data.rows.stream import RowPacker, RowStream, StepRows, StreamState, evaluation_batches
+from megatron_omni.data.rows.demands import Demands, measure, plan_fingerprint
+from megatron_omni.data.rows.packer import RowPacker
+from megatron_omni.data.rows.plan import PlanFingerprint, RowPlan
+from megatron_omni.data.rows.stream import RowStream, StepRows, StreamState, evaluation_batches
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import Batch, RowShape
@@ -49,9 +51,15 @@ def with_tp(packer: RowPacker, demands: Demands, tp: int) -> RowPacker:
     return RowPacker(*parts, tp, demands.longest_clip)
 
 
-def stream(packer: RowPacker, demands: Demands, rank: int = 0, size: int = 1, workers: int = 0, **changes) -> RowStream:
-    options = dict(seed=0, virtual_streams=V, micro_rows=GLOBAL_ROWS // size // 2, micro_batches=2, window_rows=WINDOW_ROWS)
-    return RowStream(packer, demands, dp_rank=rank, dp_size=size, num_workers=workers, **{**options, **changes})
+def fingerprint(packer: RowPacker, seed: int = 0) -> PlanFingerprint:
+    return plan_fingerprint(packer.samples, packer.tokenizer, packer.geometry, packer.shape, packer.acoustic_delay, seed, WINDOW_ROWS)
+
+
+def stream(packer: RowPacker, demands: Demands, rank: int = 0, size: int = 1, workers: int = 0, seed: int = 0, **changes) -> RowStream:
+    options = dict(virtual_streams=V, micro_rows=GLOBAL_ROWS // size // 2, micro_batches=2)
+    plan = RowPlan(demands.table, packer.shape, seed, WINDOW_ROWS)
+    place = dict(dp_rank=rank, dp_size=size, num_workers=workers)
+    return RowStream(packer, plan, fingerprint(packer, seed), **place, **{**options, **changes})
 
 
 def run(
@@ -141,8 +149,10 @@ def test_the_state_is_small_and_says_what_differs(packer: RowPacker, demands: De
         stream(packer, demands, 1, 2, state=part)
     with pytest.raises(InputError, match="different steps"):
         StreamState.merge([state, dataclasses.replace(state, row=99)])
-    large = StreamState.start(packer.fingerprint(0), 64)
-    assert len(json.dumps(large.to_json())) < 4096
+    large = StreamState.start(fingerprint(packer), 64).to_json()
+    large["positions"] = {str(number): [10**9 + number, 9999] for number in range(64)}  # 10**9 windows are 10**12 rows
+    assert len(json.dumps(large["positions"], separators=(",", ":"))) <= 32 * 64
+    assert len(json.dumps(large)) <= 4096
 
 
 def test_refusals(packer: RowPacker, demands: Demands, memory_samples) -> None:
@@ -151,7 +161,7 @@ def test_refusals(packer: RowPacker, demands: Demands, memory_samples) -> None:
     tiny = with_tp(packer, demands, 1)
     tiny.shape = dataclasses.replace(SHAPE, codec=8)
     with pytest.raises(InputError, match=r"do not fit into a row.*s\d+ \(codec \d+\)"):
-        stream(tiny, demands)
+        next(evaluation_batches(tiny, demands, dp_rank=0, dp_size=1, micro_rows=1))
     nothing = with_tp(packer, demands, 1)
     nothing.samples = memory_samples(0)
     with pytest.raises(InputError, match="hold no samples"):

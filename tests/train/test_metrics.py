@@ -33,6 +33,7 @@ REPORT = StepReport(
     fill={"seq": 0.97, "codec": 0.5},
     seconds=0.5,
     data_wait_seconds=0.01,
+    data_stall=0.02,
     memory_bytes=2**30,
 )
 

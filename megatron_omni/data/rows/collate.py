@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from megatron_omni.audio.delay import NO_CODE, delay_codes
 from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.config.model import CodecConfig
 from megatron_omni.data.render import demand
+from megatron_omni.data.rows.layout import BatchLayout
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.schema import IGNORE, Batch, Demand, Rendered, RowShape, Sample, SampleArrays, SpeechSpan
 
@@ -34,6 +34,7 @@ def collate(
     tensor_parallel: int = 1,
     longest_clip: int | None = None,
     distort: Distort | None = None,
+    memory: memoryview | None = None,
 ) -> Batch:
     """Lays the samples of each row side by side; rows may be empty.
 
@@ -41,78 +42,51 @@ def collate(
         longest_clip: encoder frames of the largest slot of any clip (``Demands.longest_clip``); where clips are dealt to
             tensor-parallel ranks, an encoder row has room for an even share and one such clip. None: a whole row's.
         distort: augmentation of the log-mel.
+        memory: where to lay them, ``BatchLayout.num_bytes`` bytes; None: anywhere.
 
     Raises:
         InputError: ``shape`` does not suit the geometry, or the samples of a row need more than it has.
         WorkError: an array is not as long as its sample says.
     """
-    if shape.encoder % geometry.stack or shape.supervised % 128:
-        raise InputError(
-            f"row.encoder={shape.encoder} must be a multiple of the projector's stride {geometry.stack}, "
-            f"row.supervised={shape.supervised} a multiple of 128"
-        )
-    B = len(rows)
-    text = _Text(B, shape, pad_id)
-    speech = _Speech(B, shape, codec, acoustic_delay)
+    layout = BatchLayout.of(len(rows), shape, geometry, log_mel.config.num_mel_bins, codec, pad_id, tensor_parallel, longest_clip)
+    batch = layout.blank(memory)
+    text, speech, audio = _Text(batch), _Speech(batch, codec, acoustic_delay), _Audio(batch, geometry)
     clips: list[_Clip] = []
     for row, samples in enumerate(rows):
         position = 0
         for segment, (sample, rendered, arrays) in enumerate(samples):
+            require_lengths(sample, rendered, arrays, codec)
             need = demand(sample, rendered, geometry, acoustic_delay)
             _require_room(sample, need, shape, position, speech.spoken_end[row], speech.codec_end[row], text.supervised_end[row])
             text.add(row, segment, position, rendered)
             for span in rendered.audio:
                 wave = arrays.audio[span.name]
-                _require_length(sample, span.name, wave.shape, (sample.num_samples[span.name],))
                 mel = log_mel(wave)
                 clips.append(_Clip(row, position + span.start, len(wave), distort(row, sample, span.name, mel) if distort else mel))
             for speech_span in rendered.speech:
-                codes_KT = arrays.codes[speech_span.name]
-                _require_length(sample, speech_span.name, codes_KT.shape, (codec.num_codebooks, sample.num_frames[speech_span.name]))
-                speech.add(row, position, speech_span, codes_KT)
+                speech.add(row, position, speech_span, arrays.codes[speech_span.name])
             position += len(rendered.token_ids)
-    dealt = tensor_parallel if B % tensor_parallel else 1
-    frames = shape.encoder
-    if dealt > 1:
-        share = -(-shape.encoder // (dealt * geometry.stack)) * geometry.stack
-        frames = min(frames, share + (shape.encoder if longest_clip is None else longest_clip))
-    audio = _Audio(B, dealt, frames, shape.seq, geometry, log_mel.config.num_mel_bins)
     for clip in sorted(clips, key=lambda clip: -geometry.slot(clip.samples)):
         audio.add(clip)
+    return batch
 
-    tensor = torch.from_numpy
-    return Batch(
-        tokens_BT=tensor(text.tokens),
-        segments_BT=tensor(text.segments),
-        positions_BT=tensor(text.positions),
-        audio_source_BT=tensor(audio.source),
-        supervised_BU=tensor(text.supervised),
-        targets_BU=tensor(text.targets),
-        mel_RAM=tensor(audio.mel),
-        mel_valid_RA=tensor(audio.valid),
-        clip_segments_RA=tensor(audio.segments),
-        clip_positions_RA=tensor(audio.positions),
-        spoken_BS=tensor(speech.spoken),
-        spoken_segments_BS=tensor(speech.spoken_segments),
-        spoken_positions_BS=tensor(speech.spoken_positions),
-        prefix_BF=tensor(speech.prefix),
-        codes_BKF=tensor(speech.codes),
-        codec_segments_BF=tensor(speech.segments),
-        codec_positions_BF=tensor(speech.positions),
-        codec_targets_BKF=tensor(speech.targets),
-    )
+
+def require_lengths(sample: Sample, rendered: Rendered, arrays: SampleArrays, codec: CodecConfig) -> None:
+    """``WorkError`` where an array that the row needs is not as long as the sample says."""
+    for span in rendered.audio:
+        _require_length(sample, span.name, arrays.audio[span.name].shape, (sample.num_samples[span.name],))
+    for speech_span in rendered.speech:
+        frames = sample.num_frames[speech_span.name]
+        _require_length(sample, speech_span.name, arrays.codes[speech_span.name].shape, (codec.num_codebooks, frames))
 
 
 class _Text:
     """Tokens, where they belong, and the positions whose hidden states predict a target."""
 
-    def __init__(self, B: int, shape: RowShape, pad_id: int) -> None:
-        self.tokens = np.full((B, shape.seq), pad_id, np.int64)
-        self.segments = np.full((B, shape.seq), -1, np.int32)
-        self.positions = np.zeros((B, shape.seq), np.int64)
-        self.supervised = np.zeros((B, shape.supervised), np.int64)
-        self.targets = np.full((B, shape.supervised), IGNORE, np.int64)
-        self.supervised_end = [0] * B
+    def __init__(self, batch: Batch) -> None:
+        self.tokens, self.segments, self.positions = batch.tokens_BT.numpy(), batch.segments_BT.numpy(), batch.positions_BT.numpy()
+        self.supervised, self.targets = batch.supervised_BU.numpy(), batch.targets_BU.numpy()
+        self.supervised_end = [0] * len(self.tokens)
 
     def add(self, row: int, segment: int, start: int, rendered: Rendered) -> None:
         place = slice(start, start + len(rendered.token_ids))
@@ -129,16 +103,13 @@ class _Text:
 class _Speech:
     """Spoken text for the Pre-NN, and the codec decoder's segments: prefix, then frames."""
 
-    def __init__(self, B: int, shape: RowShape, codec: CodecConfig, acoustic_delay: int) -> None:
+    def __init__(self, batch: Batch, codec: CodecConfig, acoustic_delay: int) -> None:
         self.card, self.acoustic_delay = codec.card, acoustic_delay
-        self.spoken = np.zeros((B, shape.spoken), np.int64)
-        self.spoken_segments = np.full((B, shape.spoken), -1, np.int32)
-        self.spoken_positions = np.zeros((B, shape.spoken), np.int64)
-        self.prefix = np.full((B, shape.codec), -1, np.int64)
-        self.codes = np.full((B, codec.num_codebooks, shape.codec), NO_CODE, np.int64)
-        self.segments = np.full((B, shape.codec), -1, np.int32)
-        self.positions = np.zeros((B, shape.codec), np.int64)
-        self.targets = np.full((B, codec.num_codebooks, shape.codec), IGNORE, np.int64)
+        self.spoken, self.spoken_segments = batch.spoken_BS.numpy(), batch.spoken_segments_BS.numpy()
+        self.spoken_positions, self.prefix = batch.spoken_positions_BS.numpy(), batch.prefix_BF.numpy()
+        self.codes, self.targets = batch.codes_BKF.numpy(), batch.codec_targets_BKF.numpy()
+        self.segments, self.positions = batch.codec_segments_BF.numpy(), batch.codec_positions_BF.numpy()
+        B = len(self.spoken)
         self.spoken_end, self.codec_end, self.spans = [0] * B, [0] * B, [0] * B
 
     def add(self, row: int, sample_start: int, span: SpeechSpan, codes_KT: np.ndarray) -> None:
@@ -180,14 +151,11 @@ class _Audio:
     even share and one clip.
     """
 
-    def __init__(self, B: int, dealt: int, frames: int, seq: int, geometry: EncoderGeometry, mel_bins: int) -> None:
-        self.B, self.dealt, self.frames, self.geometry = B, dealt, frames, geometry
-        R, mel_frames = B * dealt, frames * geometry.conv_stride
-        self.mel = np.zeros((R, mel_frames, mel_bins), np.float32)
-        self.valid = np.zeros((R, mel_frames), bool)
-        self.segments = np.full((R, frames), -1, np.int32)
-        self.positions = np.zeros((R, frames), np.int64)
-        self.source = np.zeros((B, seq), np.int64)
+    def __init__(self, batch: Batch, geometry: EncoderGeometry) -> None:
+        self.B, self.geometry = len(batch.tokens_BT), geometry
+        self.mel, self.valid, self.source = batch.mel_RAM.numpy(), batch.mel_valid_RA.numpy(), batch.audio_source_BT.numpy()
+        self.segments, self.positions = batch.clip_segments_RA.numpy(), batch.clip_positions_RA.numpy()
+        R, self.frames = self.segments.shape
         self.end, self.clips = [0] * R, [0] * R
 
     def add(self, clip: _Clip) -> None:

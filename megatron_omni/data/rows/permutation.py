@@ -37,7 +37,7 @@ def shuffled(places: np.ndarray, size: int, *seed: str | int) -> np.ndarray:
 
 def _feistel(numbers: np.ndarray, side: np.uint64, keys: list[np.uint64]) -> np.ndarray:
     """A permutation of ``0 .. side**2 - 1``, uint64 [n] to uint64 [n]: one digit shifts the other, round after round."""
-    left, right = numbers // side, numbers % side
+    left, right = np.divmod(numbers, side)
     for key in keys:
         left, right = right, (left + _mixed(right ^ key) % side) % side
     mixed: np.ndarray = left * side + right
