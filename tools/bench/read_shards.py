@@ -152,7 +152,16 @@ def time_spoken(folder: Path, rounds: int) -> dict[str, list[float]]:
 
 def energon(_: list[Decoded], folder: Path, work: Path) -> Callable[[], Iterator[Decoded]]:
     """Its own preparation of the same tars, read in order as its validation sets are."""
-    from megatron.energon import Cooker, CrudeSample, DefaultTaskEncoder, WorkerConfig, basic_sample_keys, get_val_dataset, stateless
+    from megatron.energon import (
+        Cooker,
+        CrudeSample,
+        DefaultTaskEncoder,
+        WorkerConfig,
+        basic_sample_keys,
+        get_loader,
+        get_val_dataset,
+        stateless,
+    )
     from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 
     copy = work / "energon"
@@ -173,7 +182,7 @@ def energon(_: list[Decoded], folder: Path, work: Path) -> Callable[[], Iterator
 
     def read() -> Iterator[Decoded]:
         config = WorkerConfig(rank=0, world_size=1, num_workers=0)
-        for sample in get_val_dataset(copy, worker_config=config, batch_size=None, task_encoder=Encoder()):
+        for sample in get_loader(get_val_dataset(copy, worker_config=config, batch_size=None, task_encoder=Encoder())):
             yield sample["json"], np.asarray(sample["codes"])
 
     return read

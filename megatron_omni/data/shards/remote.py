@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import fsspec
 import numpy as np
@@ -28,9 +28,12 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from megatron_omni.data.shards.cache import FolderCache
 from megatron_omni.data.shards.index import BESIDE, ShardIndex
 from megatron_omni.data.shards.info import AUDIO_RATE, DatasetInfo
+from megatron_omni.data.shards.info import FILE as INFO
 from megatron_omni.data.shards.shard import DamagedError, Shard
-from megatron_omni.data.shards.table import FILE, SHARD, ShardRecord, ShardTable
+from megatron_omni.data.shards.table import FILE as TABLE
+from megatron_omni.data.shards.table import SHARD, ShardRecord, ShardTable
 from megatron_omni.runtime.errors import InputError, OmniError, WorkError
+from megatron_omni.runtime.files import sha256_file
 from megatron_omni.runtime.logs import get_logger
 
 logger = get_logger(__name__)
@@ -83,6 +86,10 @@ def local_path(place: str | Path) -> Path:
     return Path(re.sub(r"^(file|local):/+", "/", str(place)))
 
 
+class MissingError(WorkError):
+    """A file is not there."""
+
+
 class RemoteFiles:
     """The files of a remote folder, by name."""
 
@@ -98,7 +105,7 @@ class RemoteFiles:
         """A whole file; ``likely_bytes`` lengthens the time it may take.
 
         Raises:
-            InputError: There is no such file.
+            MissingError: There is no such file.
             WorkError: It cannot be read.
         """
         return self._tried(name, lambda: self._request(name, None, None, likely_bytes / PIECE))
@@ -172,19 +179,24 @@ class RemoteFolder:
             fsspec.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise InputError(f"{url}: {error}") from error
-        self.info = DatasetInfo.parse(self._files.read("dataset.json"), self._files.place("dataset.json"))
+        try:
+            content = self._files.read(INFO)
+        except MissingError as error:
+            raise InputError(f"{self._files.place(INFO)}: there is no such file; give a folder that make_shards has finished") from error
+        self.info = DatasetInfo.parse(content, self._files.place(INFO))
         self.table = ShardTable(self._cache.get(self.info.table_sha256, self._bring_table))
         self._prefetcher = Prefetcher(self._bring)
 
     def shard(self, record: ShardRecord) -> Shard:
-        for _ in range(3):
+        for last in (False, False, True):
             path = self._bring(record)
             try:
                 return self._open(path, record)
-            except WorkError:
-                if path.parent.exists():  # or another process has evicted it in between
+            except WorkError as error:
+                if last or not (isinstance(error, DamagedError) or _is_changed(path.with_suffix(".index"), record.index_sha256)):
                     raise
-        return self._open(self._bring(record), record)
+                self.forget(record)
+        raise AssertionError
 
     def prefetch(self, records: Sequence[ShardRecord]) -> None:
         self._prefetcher.ask(records)
@@ -220,7 +232,7 @@ class RemoteFolder:
 
     def _bring_table(self, folder: Path) -> None:
         likely = self.info.totals.shards * (SHARD.itemsize + 32)
-        self._bring_file(FILE, self.info.table_sha256, lambda name: _write(folder / name, self._files.read(name, likely)))
+        self._bring_file(TABLE, self.info.table_sha256, lambda name: _write(folder / name, self._files.read(name, likely)))
 
     def _bring_file(self, name: str, sha256: str, bring: Callable[[str], str]) -> None:
         """``bring`` returns the sha256 of what came; wrong bytes are asked for once more."""
@@ -283,10 +295,17 @@ class Prefetcher:
                 logger.debug("prefetching %s: %s", record.name, error)
 
 
+def _is_changed(path: Path, sha256: str) -> bool:
+    """Whether a file of the cache has rotten, or was evicted."""
+    try:
+        return sha256_file(path) != sha256
+    except OSError:
+        return True
+
+
 def _may_pass(error: BaseException) -> bool:
     """Whether another attempt may go better."""
-    status: Any = getattr(error, "status", None)
-    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
+    if getattr(error, "status", None) in (401, 403, 405, 410):  # of HTTP: refused, gone
         return False
     return isinstance(error, Exception) and not isinstance(error, FileNotFoundError | PermissionError | NotImplementedError)
 

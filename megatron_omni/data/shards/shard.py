@@ -143,8 +143,10 @@ class Shard:
         data = io.BytesIO(self.read(indexed, member))
         try:
             wave = _decode(data, member.length) if self.uniform else resample(*read_audio(data), AUDIO_RATE)
-        except (InputError, soundfile.SoundFileError) as error:
+        except InputError as error:
             raise self.fault(indexed, member, str(error)) from error
+        except soundfile.SoundFileError as error:
+            raise self.fault(indexed, member, f"cannot be read as audio ({str(error).rpartition(': ')[2]})") from error
         if len(wave) != member.length:
             raise self.fault(indexed, member, f"decodes to {len(wave)} wave samples, the index says {member.length}")
         return wave
