@@ -44,7 +44,7 @@ class Trainer:
         codec = engine.model_config.codec
         assert codec is not None
         self.engine, self.comm = engine, comm
-        self.rows = SharedRows(stream, engine.groups.tensor_parallel)
+        self.rows = SharedRows(stream, engine.groups.topology)
         self.recipe = engine.recipe
         self.fingerprints = fingerprints
         self.start_step = start_step

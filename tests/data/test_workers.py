@@ -142,7 +142,7 @@ def test_no_task_is_begun_before_there_is_room_for_its_result() -> None:
 
     for number, _ in enumerate(run(work, count=2, tasks=60, ahead=ahead)):  # type: ignore[arg-type]
         time.sleep(0.002)  # the workers run ahead as far as they may
-        for kept in range(max(0, number - keep), number + 1):
+        for kept in range(max(0, number - keep + 1), number + 1):
             place = kept % (ahead + keep) * 8
             assert int.from_bytes(slots[place : place + 8], "little") == kept
 

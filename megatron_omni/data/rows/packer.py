@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
@@ -47,7 +48,9 @@ class PackedRows:
     batch: Batch
     keys: tuple[tuple[str, ...], ...]
     """Sample ids by row."""
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[Skipped, ...]
+    block: torch.Tensor
+    """uint8 [``BatchLayout.num_bytes``]: the memory that the batch lies in."""
 
 
 class RowPacker:
@@ -78,6 +81,7 @@ class RowPacker:
 
     def pack(self, rows: Sequence[Address], memory: memoryview | None = None) -> PackedRows:
         """One micro-batch, laid in ``memory`` if it is given (``layout(len(rows)).num_bytes`` bytes)."""
+        memory = memoryview(bytearray(self.layout(len(rows)).num_bytes)) if memory is None else memory
         skipped: list[Skipped] = []
         loaded = [list(self._load(row, skipped)) for row in rows]
         batch = collate(
@@ -93,21 +97,22 @@ class RowPacker:
             self._distort(rows),
             memory,
         )
-        return PackedRows(batch, tuple(tuple(sample.id for sample, _, _ in row) for row in loaded), tuple(skipped))
+        keys = tuple(tuple(sample.id for sample, _, _ in row) for row in loaded)
+        return PackedRows(batch, keys, tuple(skipped), torch.frombuffer(memory, dtype=torch.uint8))
 
     def pack_all(
-        self, micro_batches: Iterator[Sequence[Address]], micro_rows: int, num_workers: int, keep: int, pinned: bool = False
+        self, micro_batches: Iterator[Sequence[Address]], micro_rows: int, num_workers: int, at_once: int = 1, pinned: bool = False
     ) -> Iterator[PackedRows]:
         """Packs micro-batches of ``micro_rows`` rows in ``num_workers`` processes, in order; without them here, when asked for.
 
-        The tensors of a micro-batch stay as they are until ``keep`` more were taken; then their memory is used again
-        (``Ring``; not without workers).
+        With workers, ``at_once`` micro-batches are ready together, and the tensors of one stay as they are until
+        ``2 * at_once`` more were taken; then their memory is used again (``Ring``).
         """
         if num_workers == 0:
             yield from map(self.pack, micro_batches)
             return
-        ahead = 2 * num_workers
-        ring = Ring(self.layout(micro_rows), ahead + keep, pinned)
+        ahead = max(2 * num_workers, at_once)
+        ring = Ring(self.layout(micro_rows), ahead + 2 * at_once, pinned)
 
         def work(number: int, rows: Sequence[Address]) -> tuple[int, tuple[tuple[str, ...], ...], tuple[Skipped, ...]]:
             packed = self.pack(rows, ring.memory(number))
@@ -119,7 +124,7 @@ class RowPacker:
 
         try:
             for number, keys, skipped in ordered(work, micro_batches, num_workers, ahead, describe):
-                yield PackedRows(ring.batch(number), keys, skipped)
+                yield PackedRows(ring.batch(number), keys, skipped, ring.block(number))
         finally:
             ring.close()
 

@@ -37,6 +37,10 @@ class Ring:
         """Micro-batch ``number`` once it is laid; no copy."""
         return self._batches[number % self._slots]
 
+    def block(self, number: int) -> torch.Tensor:
+        """uint8: all of micro-batch ``number`` as it lies in memory."""
+        return torch.frombuffer(self.memory(number), dtype=torch.uint8)
+
     def close(self) -> None:
         """Gives pinned memory back to the pageable; the batches stay readable."""
         if self._pinned:

@@ -25,6 +25,7 @@ import numpy as np
 from megatron_omni.data.rows.demands import Demands
 from megatron_omni.data.rows.packer import Address, PackedRows, RowPacker, Skipped
 from megatron_omni.data.rows.plan import Fill, Plan, PlanFingerprint, RowPlan, require_fit
+from megatron_omni.data.rows.ring import Ring
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.runtime.logs import get_logger
 
@@ -145,29 +146,33 @@ class RowStream:
             raise InputError(f"the recorded data position lacks the streams {missing}: merge the states of all data-parallel ranks")
         self.packer, self.plan = packer, plan
         self._dp_rank, self._dp_size, self._num_workers = dp_rank, dp_size, num_workers
-        self._micro_rows, self._micro_batches = micro_rows, micro_batches
+        self._micro_rows, self.micro_batches = micro_rows, micro_batches
         self._damaged_samples, self._pinned = damaged_samples, pinned
         self._start = dataclasses.replace(state, positions={stream: state.positions[stream] for stream in own})
 
+    def ring(self, steps: int) -> Ring:
+        """Memory for the micro-batches of ``steps`` steps."""
+        return Ring(self.packer.layout(self._micro_rows), steps * self.micro_batches, self._pinned)
+
     def __iter__(self) -> Iterator[StepRows]:
         planned: deque[_PlannedStep] = deque()
-        keep = 2 * self._micro_batches
-        packed = self.packer.pack_all(self._planned_rows(planned), self._micro_rows, self._num_workers, keep, self._pinned)
+        rows = self._planned_rows(planned)
+        packed = self.packer.pack_all(rows, self._micro_rows, self._num_workers, self.micro_batches, self._pinned)
         read = skipped = 0
         while True:
-            micro_batches = tuple(next(packed) for _ in range(self._micro_batches))
+            micro_batches = tuple(next(packed) for _ in range(self.micro_batches))
             step = planned.popleft()
-            rows = StepRows(micro_batches, step.row_numbers, step.fill, step.state)
+            here = StepRows(micro_batches, step.row_numbers, step.fill, step.state)
             read += sum(len(row) for one in micro_batches for row in one.keys)
-            skipped += len(rows.skipped)
-            for sample in rows.skipped:
+            skipped += len(here.skipped)
+            for sample in here.skipped:
                 logger.warning("sample number %d is left out: %s", sample.number, sample.reason)
             if skipped > self._damaged_samples * max(read + skipped, _FEW_SAMPLES):
                 raise WorkError(
-                    f"{skipped} of {read + skipped} samples could not be read, the last one: {rows.skipped[-1].reason}; build their "
+                    f"{skipped} of {read + skipped} samples could not be read, the last one: {here.skipped[-1].reason}; build their "
                     f"shards again, or raise data.damaged_samples={self._damaged_samples} to go on without them"
                 )
-            yield rows
+            yield here
 
     def _planned_rows(self, planned: deque[_PlannedStep]) -> Iterator[list[Address]]:
         """The rank's micro-batches; with the last one of a step, the step goes to ``planned``."""
@@ -177,7 +182,7 @@ class RowStream:
         while True:
             rows: list[Address] = []
             first = row_number + (self._dp_rank - row_number) % self._dp_size
-            row_number += self._micro_rows * self._micro_batches * self._dp_size
+            row_number += self._micro_rows * self.micro_batches * self._dp_size
             numbers = tuple(range(first, row_number, self._dp_size))
             for number in numbers:
                 stream = number % self._start.virtual_streams
@@ -233,4 +238,4 @@ def evaluation_batches(
     rows += [Address(0, np.empty(0, np.int64))] * (batches * micro_rows * dp_size - len(rows))
     mine = rows[dp_rank::dp_size]
     starts = range(0, len(mine), micro_rows)
-    yield from packer.pack_all((mine[start : start + micro_rows] for start in starts), micro_rows, num_workers, keep=2)
+    yield from packer.pack_all((mine[start : start + micro_rows] for start in starts), micro_rows, num_workers)

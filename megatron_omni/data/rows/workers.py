@@ -45,11 +45,11 @@ _ATTEMPTS = 3
 def ordered(work: Work[Task, Result], tasks: Iterator[Task], workers: int, ahead: int, describe: Callable[[Task], str]) -> Iterator[Result]:
     """``work(n, task)`` of each task, in order. Without workers it is called here, when its turn comes.
 
-    Task ``n`` is begun when result ``n - ahead`` was taken, not earlier: memory that a task is to fill may be used again
-    after that.
+    Task ``n`` is begun when result ``n - ahead`` is asked for, not earlier: memory that earlier results lie in may be used
+    again for it.
 
     Args:
-        ahead: tasks given out before their results are taken.
+        ahead: tasks given out beyond the one whose result is asked for.
         describe: what a task is about, for messages.
 
     Raises:
@@ -64,15 +64,15 @@ def ordered(work: Work[Task, Result], tasks: Iterator[Task], workers: int, ahead
         pool.append(_Worker(place, work, describe, pool))
 
     def close() -> None:
-        for worker in pool:
-            worker.close()
+        while pool:
+            pool.pop().close()
 
     atexit.register(close)  # multiprocessing would wait for them at exit
     try:
         given = taken = 0
         while True:
-            # The first result is waited for with one task per worker, so that it is not held up by planning the others.
-            for task in islice(tasks, min(ahead, workers + taken) - (given - taken)):
+            # At first one task per worker and no more, so that the first result is not held up by planning the others.
+            for task in islice(tasks, taken + min(workers + taken, 1 + ahead) - given):
                 pool[given % workers].give(given, task)
                 given += 1
             if taken == given:
