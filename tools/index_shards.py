@@ -9,7 +9,7 @@ import typer
 from megatron_omni.audio.codec import load_codec
 from megatron_omni.data.building.finish import BuildSummary
 from megatron_omni.data.building.index_tars import index_tars
-from megatron_omni.data.shards.dataset import CodecProvenance
+from megatron_omni.data.shards.info import CodecProvenance
 from megatron_omni.data.sources.columns import load_columns
 from megatron_omni.runtime import cli
 from megatron_omni.runtime.errors import InputError

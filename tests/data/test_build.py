@@ -20,7 +20,8 @@ from megatron_omni.data.building import shard
 from megatron_omni.data.building.builder import build_shards
 from megatron_omni.data.building.codec_choice import CodecChoice
 from megatron_omni.data.building.pool import in_thread
-from megatron_omni.data.shards.dataset import DatasetInfo, ShardedDataset
+from megatron_omni.data.shards.dataset import ShardedDataset
+from megatron_omni.data.shards.info import DatasetInfo
 from megatron_omni.runtime.errors import InputError, WorkError
 from tests.data.corpus import copy_of, files_of, flip_bit, make_corpus, save_tiny_mimi, write_manifest, write_wave
 
@@ -53,7 +54,7 @@ def test_processes_do_not_show(built: Path, corpus: Corpus, codec: Path, tmp_pat
 def test_two_encoding_devices_do_not_show(
     built: Path, corpus: Corpus, codec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "GROUP_SECONDS", 0.2)  # more groups than devices
+    monkeypatch.setattr(shard, "FIRST_SECONDS", 0.2)  # more groups than devices
     build_shards(corpus[0], tmp_path / "out", CodecChoice(codec, devices=("cpu", "cpu")), samples_per_shard=4, workers=0)
     assert files_of(tmp_path / "out") == files_of(built)
 

@@ -19,7 +19,9 @@ from megatron_omni.audio.codec import Mimi
 from megatron_omni.audio.waveform import read_audio, read_flac, resample
 from megatron_omni.data.building.builder import build_shards
 from megatron_omni.data.building.codec_choice import CodecChoice
-from megatron_omni.data.shards.dataset import AUDIO_RATE, DatasetInfo, ShardedDataset, ShardTable, write_table
+from megatron_omni.data.shards.dataset import ShardedDataset
+from megatron_omni.data.shards.info import AUDIO_RATE, DatasetInfo
+from megatron_omni.data.shards.table import ShardTable, write_table
 from megatron_omni.data.shards.verify import verify_shards
 from megatron_omni.data.shards.writer import ShardWriter
 from megatron_omni.data.sources.manifest import Manifest

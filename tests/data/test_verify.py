@@ -18,7 +18,9 @@ from megatron_omni.audio.codec import load_codec
 from megatron_omni.data.building.builder import build_shards
 from megatron_omni.data.building.index_tars import index_tars
 from megatron_omni.data.building.reencode import reencode
-from megatron_omni.data.shards.dataset import CodecProvenance, DatasetInfo, ShardedDataset, ShardTable, write_table
+from megatron_omni.data.shards.dataset import ShardedDataset
+from megatron_omni.data.shards.info import CodecProvenance, DatasetInfo
+from megatron_omni.data.shards.table import ShardTable, write_table
 from megatron_omni.data.shards.verify import verify_shards
 from megatron_omni.data.shards.writer import ShardWriter
 from megatron_omni.data.sources.columns import load_columns

@@ -38,7 +38,7 @@ from megatron_omni.data.building.shard import (
     slices_of,
     write_shard,
 )
-from megatron_omni.data.shards.dataset import AUDIO_RATE, CodecProvenance
+from megatron_omni.data.shards.info import AUDIO_RATE, CodecProvenance
 from megatron_omni.data.sources.line import Reject
 from megatron_omni.data.sources.open import open_source
 from megatron_omni.data.sources.source import Source

@@ -16,7 +16,8 @@ from megatron_omni import __version__
 from megatron_omni.data.building.options import BuildOptions
 from megatron_omni.data.building.output import Output
 from megatron_omni.data.building.shard import Slice, inputs_of, read_receipt
-from megatron_omni.data.shards.dataset import AUDIO_RATE, DatasetInfo, ShardRecord, Totals, write_table
+from megatron_omni.data.shards.info import AUDIO_RATE, DatasetInfo, Totals
+from megatron_omni.data.shards.table import ShardRecord, write_table
 from megatron_omni.data.sources.line import Reject
 from megatron_omni.data.sources.source import Source
 from megatron_omni.runtime.errors import WorkError

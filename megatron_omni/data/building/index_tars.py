@@ -21,8 +21,9 @@ from megatron_omni.audio.waveform import read_audio, resample
 from megatron_omni.data.building.finish import BuildSummary, summarize
 from megatron_omni.data.building.pool import in_processes
 from megatron_omni.data.building.prepare import read_codes
-from megatron_omni.data.shards.dataset import AUDIO_RATE, CodecProvenance, DatasetInfo, ShardRecord, Totals, write_table
 from megatron_omni.data.shards.index import BESIDE, IndexedSample, Member, ShardIndex
+from megatron_omni.data.shards.info import AUDIO_RATE, CodecProvenance, DatasetInfo, Totals
+from megatron_omni.data.shards.table import ShardRecord, write_table
 from megatron_omni.data.sources.columns import Columns
 from megatron_omni.data.sources.line import Embedded, Entry, Reject
 from megatron_omni.data.sources.tars import Tars

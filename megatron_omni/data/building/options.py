@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from megatron_omni.audio.codec import Backend, Precision
 from megatron_omni.data.building.gate import Gate
-from megatron_omni.data.shards.dataset import AUDIO_RATE, CodecProvenance
+from megatron_omni.data.shards.info import AUDIO_RATE, CodecProvenance
 
 Decoder = Literal["soundfile", "ffmpeg"]
 

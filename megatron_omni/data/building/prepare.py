@@ -13,7 +13,7 @@ import numpy as np
 from megatron_omni.audio.waveform import decode_with_ffmpeg, read_audio, resample, write_flac
 from megatron_omni.data.building.gate import Action
 from megatron_omni.data.building.options import BuildOptions, Decoder
-from megatron_omni.data.shards.dataset import AUDIO_RATE
+from megatron_omni.data.shards.info import AUDIO_RATE
 from megatron_omni.data.sources.line import Clip, Embedded, Entry, File, Reject
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import Sample

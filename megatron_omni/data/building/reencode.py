@@ -11,7 +11,8 @@ from megatron_omni.audio.codec import Mimi
 from megatron_omni.data.building.options import BuildOptions
 from megatron_omni.data.building.prepare import Prepared, prepare
 from megatron_omni.data.building.shard import encoded
-from megatron_omni.data.shards.dataset import DatasetInfo, ShardedDataset
+from megatron_omni.data.shards.dataset import ShardedDataset
+from megatron_omni.data.shards.info import DatasetInfo
 from megatron_omni.data.sources.line import Entry
 from megatron_omni.data.sources.source import Source
 from megatron_omni.runtime.errors import InputError

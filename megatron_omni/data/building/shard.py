@@ -21,13 +21,16 @@ from megatron_omni.audio.codec import Mimi
 from megatron_omni.data.building.options import BuildOptions
 from megatron_omni.data.building.output import Output
 from megatron_omni.data.building.prepare import Prepared, prepare
-from megatron_omni.data.shards.dataset import ShardRecord
+from megatron_omni.data.shards.table import ShardRecord
 from megatron_omni.data.shards.writer import ShardWriter
 from megatron_omni.data.sources.line import Reject
 from megatron_omni.data.sources.source import Source
 
 GROUP_SECONDS = 300.0
 """Speech that is collected before it is encoded: long enough to find clips of one length, 29 MB of waves at 24 kHz."""
+
+FIRST_SECONDS = 10.0
+"""Of a shard's first group; each next one is twice as long, so that the codec starts at once."""
 
 CHUNK = 8
 """Samples that a process takes at a time."""
@@ -114,13 +117,14 @@ Key = TypeVar("Key")
 
 
 def groups_of(results: Iterable[tuple[Key, Prepared | Reject]], rate: int) -> Iterator[tuple[Key, Group]]:
-    """Deals samples out in groups of about ``GROUP_SECONDS`` of speech at ``rate`` Hz, never across two keys."""
+    """Deals samples out in groups of up to about ``GROUP_SECONDS`` of speech at ``rate`` Hz, never across two keys."""
     group: Group = []
-    held, seconds = None, 0.0
+    held, seconds, enough = None, 0.0, FIRST_SECONDS
     for key, result in results:
-        if group and (key != held or seconds >= GROUP_SECONDS or len(group) >= 1000):
+        if group and (key != held or seconds >= enough or len(group) >= 1000):
             assert held is not None
             yield held, group
+            enough = FIRST_SECONDS if key != held else min(2 * enough, GROUP_SECONDS)
             group, seconds = [], 0.0
         held = key
         group.append(result)

@@ -25,14 +25,11 @@ import numpy as np
 from megatron_omni.config.model import CodecConfig
 from megatron_omni.data.shards.folder import Folder, open_folder
 from megatron_omni.data.shards.index import IndexedSample, Member
-from megatron_omni.data.shards.info import AUDIO_RATE, CodecProvenance, DatasetInfo, Totals
 from megatron_omni.data.shards.remote import RemoteOptions
 from megatron_omni.data.shards.shard import DamagedError, Shard
-from megatron_omni.data.shards.table import ShardRecord, ShardTable, write_table
+from megatron_omni.data.shards.table import ShardRecord
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import Sample, SampleArrays
-
-__all__ = ["AUDIO_RATE", "CodecProvenance", "DatasetInfo", "Shard", "ShardRecord", "ShardTable", "ShardedDataset", "Totals", "write_table"]
 
 OPEN_SHARDS = 128
 """Tars and indexes kept open."""

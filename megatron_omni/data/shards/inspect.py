@@ -16,7 +16,8 @@ import soundfile
 from plotly.offline import get_plotlyjs
 
 from megatron_omni.audio.codec import Mimi
-from megatron_omni.data.shards.dataset import AUDIO_RATE, DatasetInfo, ShardedDataset
+from megatron_omni.data.shards.dataset import ShardedDataset
+from megatron_omni.data.shards.info import AUDIO_RATE, DatasetInfo
 from megatron_omni.runtime.cli import progress
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.runtime.files import atomic_write

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megatron_omni.data.shards.dataset import AUDIO_RATE, DatasetInfo, Shard, ShardRecord, ShardTable
 from megatron_omni.data.shards.index import BESIDE, IndexedSample
+from megatron_omni.data.shards.info import AUDIO_RATE, DatasetInfo
+from megatron_omni.data.shards.shard import Shard
+from megatron_omni.data.shards.table import ShardRecord, ShardTable
 from megatron_omni.runtime.cli import progress
 from megatron_omni.runtime.errors import WorkError
 from megatron_omni.runtime.files import sha256_file
