@@ -19,7 +19,7 @@ from megatron_omni.audio.codec import load_codec
 from megatron_omni.audio.waveform import read_audio, resample
 from megatron_omni.data.building.builder import build_shards
 from megatron_omni.data.building.codec_choice import CodecChoice
-from megatron_omni.data.building.shard import GROUP_SECONDS
+from megatron_omni.data.building.shard import FIRST_SECONDS, GROUP_SECONDS
 from megatron_omni.runtime import cli
 
 
@@ -46,11 +46,11 @@ def main(
         torch.set_num_threads(threads)
         codec = load_codec(folder / "codec", device=device)
         waves = [resample(*read_audio(folder / f"{number}.flac"), codec.sample_rate) for number in range(clips)]
-        groups, held = [[]], 0.0
+        groups, held, enough = [[]], 0.0, FIRST_SECONDS
         for wave in waves:  # as the builder groups them
-            if held >= GROUP_SECONDS:
+            if held >= enough:
                 groups.append([])
-                held = 0.0
+                held, enough = 0.0, min(2 * enough, GROUP_SECONDS)
             groups[-1].append(wave)
             held += wave.size / codec.sample_rate
         choice = CodecChoice(folder / "codec", devices=(device,), threads=threads)
