@@ -9,16 +9,18 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from megatron_omni.audio.features import LogMel
 from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.data.render import demand, render
 from megatron_omni.data.rows.demands import Demands, measure, plan_fingerprint
-from megatron_omni.data.rows.packer import RowPacker
+from megatron_omni.data.rows.packer import PackedRows, RowPacker
 from megatron_omni.data.rows.plan import PlanFingerprint, RowPlan
 from megatron_omni.data.rows.stream import RowStream, StepRows, StreamState, evaluation_batches
 from megatron_omni.data.tokenizer import OmniTokenizer
@@ -27,10 +29,7 @@ from megatron_omni.schema import Batch, RowShape
 
 SHAPE = RowShape(seq=160, codec=96, encoder=320, spoken=64, supervised=128)
 WINDOW_ROWS = 4
-V, GLOBAL_ROWS = 4, 8
-
-Keys = dict[int, tuple[str, ...]]
-"""Sample ids by global row number."""
+V, GLOBAL_ROWS = 4, 12
 
 
 @pytest.fixture(scope="module")
@@ -62,43 +61,84 @@ def stream(packer: RowPacker, demands: Demands, rank: int = 0, size: int = 1, wo
     return RowStream(packer, plan, fingerprint(packer, seed), **place, **{**options, **changes})
 
 
+@dataclasses.dataclass(frozen=True)
+class World:
+    """How the same stream may be spread out."""
+
+    data: int
+    workers: int
+    tensor: int
+
+
 def run(
-    packer: RowPacker, demands: Demands, size: int, workers: int, tp: int, steps: int, state: StreamState | None
-) -> tuple[Keys, StreamState]:
-    """All ranks of a world, in this process: the rows they see, and the merged state after ``steps`` steps."""
-    keys: Keys = {}
+    packer: RowPacker, demands: Demands, world: World, steps: int, state: StreamState | None
+) -> tuple[dict[int, tuple[object, ...]], StreamState]:
+    """All ranks of a world, in this process: the global rows they see by number, and the merged state after ``steps`` steps.
+
+    A row is its sample ids and its tensors; of the encoder's rows, which tensor parallelism deals out, their sum.
+    """
+    rows: dict[int, tuple[object, ...]] = {}
     states = []
-    for rank in range(size):
-        own = stream(with_tp(packer, demands, tp), demands, rank, size, workers, state=state)
+    share = GLOBAL_ROWS // world.data
+    micro = share // 2 if share % 2 == 0 else share
+    for rank in range(world.data):
+        place = dict(virtual_streams=GLOBAL_ROWS, micro_rows=micro, micro_batches=share // micro)
+        own = stream(with_tp(packer, demands, world.tensor), demands, rank, world.data, world.workers, state=state, **place)
         step: StepRows | None = None
         for step in itertools.islice(own, steps):
-            rows = [row for packed in step.micro_batches for row in packed.keys]
-            assert len(rows) == GLOBAL_ROWS // size
-            assert not keys.keys() & set(step.row_numbers)
-            keys |= dict(zip(step.row_numbers, rows, strict=True))
+            seen = [row for packed in step.micro_batches for row in contents(packed, micro)]
+            assert len(seen) == share
+            assert not rows.keys() & set(step.row_numbers)
+            rows |= dict(zip(step.row_numbers, seen, strict=True))
         assert step is not None
         states.append(step.state)
     merged = StreamState.merge(states)
-    return keys, StreamState.from_json(json.loads(json.dumps(merged.to_json())))
+    return rows, StreamState.from_json(json.loads(json.dumps(merged.to_json())))
+
+
+def contents(packed: PackedRows, micro: int) -> Iterator[tuple[object, ...]]:
+    """Of each row: ids, a hash of the tensors that do not depend on tensor parallelism, and what it hears."""
+    batch = packed.batch
+    for row, keys in enumerate(packed.keys):
+        hashes = xxhash.xxh3_128()
+        for name, tensor in vars(batch).items():
+            if name.endswith(("_BT", "_BU", "_BS", "_BF", "_BKF")) and name != "audio_source_BT":
+                hashes.update(tensor[row].numpy().tobytes())
+        heard = (batch.mel_RAM[row::micro].double().sum().item(), int(batch.mel_valid_RA[row::micro].sum()))
+        yield keys, hashes.hexdigest(), round(heard[0], 6), heard[1], int((batch.audio_source_BT[row] > 0).sum())
 
 
 @pytest.fixture(scope="module")
-def reference(packer: RowPacker, demands: Demands) -> Keys:
-    return run(packer, demands, 1, 0, 1, 12, None)[0]
+def reference(packer: RowPacker, demands: Demands) -> dict[int, tuple[object, ...]]:
+    return run(packer, demands, World(1, 0, 1), STOPS.stop + AFTER, None)[0]
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_order_and_resume_on_another_world(size: int, workers: int, tp: int, packer: RowPacker, demands: Demands, reference: Keys) -> None:
-    random = np.random.default_rng(size * 100 + workers * 10 + tp)
-    stop = int(random.integers(1, 9))
-    before, state = run(packer, demands, size, workers, tp, stop, None)
+STOPS, AFTER = range(1, 12), 2
+WORLDS = [World(*place) for place in itertools.product([1, 2, 3, 4, 6], [0, 1, 2, 3], [1, 2])]
+PAIRS = np.random.default_rng(0).permutation(len(WORLDS) ** 2)[:200].tolist()
+"""Of all ordered pairs."""
+
+
+def check_pair(pair: int, packer: RowPacker, demands: Demands, reference: dict[int, tuple[object, ...]]) -> None:
+    here, there = WORLDS[pair // len(WORLDS)], WORLDS[pair % len(WORLDS)]
+    stop = int(np.random.default_rng(pair).integers(STOPS.start, STOPS.stop))
+    before, state = run(packer, demands, here, stop, None)
     assert state.row == stop * GLOBAL_ROWS
-    other = [1, 2, 4][int(random.integers(3))]
-    after, _ = run(packer, demands, other, 2 - workers, 3 - tp, 3, state)
-    assert before == {number: reference[number] for number in range(stop * GLOBAL_ROWS)}
-    assert after == {number: reference[number] for number in range(stop * GLOBAL_ROWS, (stop + 3) * GLOBAL_ROWS)}
+    after, _ = run(packer, demands, there, AFTER, state)
+    assert before == {number: reference[number] for number in range(stop * GLOBAL_ROWS)}, here
+    assert after == {number: reference[number] for number in range(stop * GLOBAL_ROWS, (stop + AFTER) * GLOBAL_ROWS)}, (here, there)
+
+
+@pytest.mark.parametrize("pair", PAIRS[:12])
+def test_order_and_resume_on_another_world(pair: int, packer: RowPacker, demands: Demands, reference: dict) -> None:
+    check_pair(pair, packer, demands, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_order_and_resume_over_the_whole_grid(packer: RowPacker, demands: Demands, reference: dict) -> None:
+    for pair in PAIRS:
+        check_pair(pair, packer, demands, reference)
 
 
 def test_an_epoch_has_every_sample_once(packer: RowPacker, demands: Demands) -> None:
