@@ -19,9 +19,9 @@ from megatron_omni.config.recipe import MixtureConfig
 from megatron_omni.data.rows.demands import Samples
 from megatron_omni.data.rows.materialize import MaterializedRows, materialize
 from megatron_omni.data.rows.pack import PlannedRows, RowSettings, open_rows, plan_rows, write_rows
+from megatron_omni.data.rows.packer import Address, RowPacker
 from megatron_omni.data.rows.plan import Plan
 from megatron_omni.data.rows.saved import SavedPlan
-from megatron_omni.data.rows.packer import Address, RowPacker
 from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.shards.index import ShardIndex
 from megatron_omni.data.shards.info import CodecProvenance, DatasetInfo, Totals
