@@ -30,7 +30,7 @@ from megatron_omni.data.shards.shard import Shard
 from megatron_omni.data.shards.table import ShardRecord, write_table
 from megatron_omni.data.shards.writer import ShardWriter
 from megatron_omni.runtime import cli
-from megatron_omni.schema import Message, Part, Sample, SampleArrays
+from megatron_omni.schema import Message, Part, Sample
 
 CODEC = CodecProvenance(name="bench", num_codebooks=8, card=2048, frame_rate=12.5, sample_rate=24_000)
 FRAMES = 200
@@ -103,12 +103,12 @@ def time_small(folder: Path, work: Path, rounds: int) -> dict[str, list[float]]:
     def ours() -> Iterator[Decoded]:
         for shard in shards_of(Shard):
             for indexed in shard.index:
-                yield orjson.loads(shard.read(indexed, indexed.members[0])), shard.all_codes(indexed, CODEC)["codes0"]
+                yield orjson.loads(shard.read(indexed, indexed.members[0])), shard.arrays(indexed, CODEC).codes["codes0"]
 
     def unchecked() -> Iterator[object]:
         for shard in shards_of(Unchecked):
             for indexed in shard.index:
-                yield shard.sample(indexed), SampleArrays({}, shard.all_codes(indexed, CODEC))
+                yield shard.sample(indexed), shard.arrays(indexed, CODEC)
 
     readers: dict[str, Callable[[], object]] = {
         "webdataset": lambda: drain(theirs()),
@@ -145,7 +145,7 @@ def time_spoken(folder: Path, rounds: int) -> dict[str, list[float]]:
     readers = {
         "soundfile": lambda: drain(bare()),
         "ours": lambda: drain(map(dataset.both, range(len(dataset)))),
-        "ours unchecked": lambda: drain((shard.sample(indexed), shard.all_audio(indexed)) for indexed in shard.index),
+        "ours unchecked": lambda: drain((shard.sample(indexed), shard.arrays(indexed, None)) for indexed in shard.index),
     }
     return in_turns(readers, rounds)
 

@@ -87,15 +87,15 @@ class ShardedDataset:
 
     def arrays(self, number: int, /) -> SampleArrays:
         """The sample's audio and codes, decoded; codes are read-only."""
-        return self._read(number, self._arrays)
+        return self._read(number, lambda shard, indexed: shard.arrays(indexed, self.codec))
 
     def codes(self, number: int, /) -> dict[str, np.ndarray]:
         """Of ``arrays``, without decoding the audio."""
-        return self._read(number, lambda shard, indexed: shard.all_codes(indexed, self.codec))
+        return self._read(number, lambda shard, indexed: shard.arrays(indexed, self.codec, ("codes",)).codes)
 
     def both(self, number: int, /) -> tuple[Sample, SampleArrays]:
         """``sample`` and ``arrays``, found once."""
-        return self._read(number, lambda shard, indexed: (shard.sample(indexed), self._arrays(shard, indexed)))
+        return self._read(number, lambda shard, indexed: (shard.sample(indexed), shard.arrays(indexed, self.codec)))
 
     def batch(self, numbers: Sequence[int], /) -> list[tuple[Sample, SampleArrays]]:
         """``both`` of each, read in the order in which they lie, remote shards side by side."""
@@ -145,9 +145,6 @@ class ShardedDataset:
         return f"{self._folders[folder].place}/{record.name}"
 
     # finding
-
-    def _arrays(self, shard: Shard, indexed: IndexedSample) -> SampleArrays:
-        return SampleArrays(shard.all_audio(indexed), shard.all_codes(indexed, self.codec))
 
     def _read(self, number: int, read: Callable[[Shard, IndexedSample], Result]) -> Result:
         shard, indexed = self._find(number)

@@ -55,9 +55,9 @@ class RemoteOptions:
     cache_bytes: int = 100 * 10**9
     reads: Literal["shards", "ranges"] = "shards"
     """Whole shards, or only the blocks that are needed."""
-    timeout: float = 60.0
+    timeout: float = 30.0
     """Seconds that a request for ``PIECE`` bytes may take."""
-    attempts: int = 5
+    attempts: int = 4
     """Of each request."""
     backoff: float = 0.5
     """Seconds before the second attempt; they double with each, and are jittered."""
