@@ -1,14 +1,20 @@
 """A sample never sees another: packed rows give the loss and the gradients of one sample per row."""
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_omni.audio.geometry import EncoderGeometry
+from megatron_omni.data.render import render
+from megatron_omni.data.rows.collate import Packed
+from megatron_omni.data.tasks import prompt_for
 from megatron_omni.model.init import initial_value
 from megatron_omni.model.omni import OmniModel
 from megatron_omni.parallel.layers import layout_of
 from megatron_omni.parallel.topology import TensorParallel
-from megatron_omni.schema import Counts, LossScale
-from tests.factories import model_config, pack, packed
+from megatron_omni.runtime.seeds import rng
+from megatron_omni.schema import TASKS, Counts, LossScale, Message, Part, Sample, SampleArrays, Task
+from tests.factories import CODEC, WORDS, model_config, pack, packed, tokenizer
 
 
 def build(config) -> OmniModel:
@@ -26,16 +32,34 @@ def gradients(model, batch, scale):
     return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def conversation(number: int, task: Task, turns: int = 1, audios: int = 1) -> Packed:
+    """One sample as the data give it: ``turns`` exchanges of the task's format, each over ``audios`` clips."""
+    random = rng("conversation", task, turns, audios, number)
+    audio, codes, messages = {}, {}, []
+    for turn in range(turns):
+        heard = [f"audio{turn * audios + clip}" for clip in range(audios)]
+        audio |= {name: 0.1 * random.standard_normal(int(random.integers(1600, 4800))).astype(np.float32) for name in heard}
+        prompt = prompt_for(task)
+        question = [Part("audio", name) for name in heard] + ([Part("text", prompt)] if prompt else [])
+        answer = [Part("text", " ".join(random.choice(WORDS, random.integers(1, 4))))]
+        if task == "speech_to_speech":
+            answer.append(Part("codes", f"codes{turn}"))
+            codes[f"codes{turn}"] = random.integers(0, CODEC.card, (CODEC.num_codebooks, random.integers(1, 5))).astype(np.uint16)
+        messages += [Message("user", tuple(question)), Message("assistant", tuple(answer))]
+    lengths, frames = {name: len(wave) for name, wave in audio.items()}, {name: array.shape[1] for name, array in codes.items()}
+    sample = Sample(f"{task}-{number}", task, "", tuple(messages), lengths, frames)
+    return sample, render(sample, tokenizer(), EncoderGeometry.of(model_config())), SampleArrays(audio, codes)
+
+
 def difference(ours, reference) -> float:
     return float((ours - reference).norm() / reference.norm().clamp(min=1e-8))
 
 
-@pytest.mark.parametrize("delay", [0, 1, 2])
-def test_packed_equals_one_sample_per_row(delay):
-    config = model_config(delay)
+def require_equal(samples, config, per_row=3):
+    """Loss and gradients of several samples per row are those of one sample per row."""
     model = build(config)
-    samples = packed(range(9), config)
-    together, apart = pack([samples[:3], samples[3:6], samples[6:]], config), pack([[s] for s in samples], config)
+    together = pack([samples[start : start + per_row] for start in range(0, len(samples), per_row)], config)
+    apart = pack([[sample] for sample in samples], config)
     counts = Counts.of(together)
     assert counts == Counts.of(apart)
     scale = LossScale.of(counts, 1.0, (0.5,) * len(counts.codec), replicas=1)
@@ -45,6 +69,22 @@ def test_packed_equals_one_sample_per_row(delay):
     torch.testing.assert_close(loss.codec_sum_K, expected.codec_sum_K, rtol=1e-5, atol=1e-5)
     for name, grad in grads.items():
         assert difference(grad, expected_grads[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_packed_equals_one_sample_per_row(delay):
+    config = model_config(delay)
+    require_equal(packed(range(9), config), config)
+
+
+@pytest.mark.parametrize(("turns", "audios"), [(1, 1), (1, 3), (3, 1), (2, 2)])
+@pytest.mark.parametrize("task", TASKS)
+def test_packed_equals_unpacked_in_every_format(task, turns, audios):
+    require_equal([conversation(number, task, turns, audios) for number in range(4)], model_config(), per_row=2)
+
+
+def test_packed_equals_unpacked_with_all_formats_in_a_row():
+    require_equal([conversation(number, task) for number, task in enumerate(TASKS)], model_config())
 
 
 @pytest.mark.parametrize("leak", ["segments_BT", "clip_segments_RA", "spoken_segments_BS", "codec_segments_BF"])
