@@ -24,7 +24,7 @@ from megatron_omni.data.rows.packer import PackedRows, RowPacker
 from megatron_omni.data.rows.plan import PlanFingerprint, RowPlan
 from megatron_omni.data.rows.stream import RowStream, StepRows, StreamState, evaluation_batches
 from megatron_omni.data.tokenizer import OmniTokenizer
-from megatron_omni.runtime.errors import InputError
+from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.schema import Batch, RowShape
 
 SHAPE = RowShape(seq=160, codec=96, encoder=320, spoken=64, supervised=128)
@@ -244,3 +244,60 @@ def test_workers_outlive_the_signals_of_a_shutdown_but_not_their_stream(packer: 
     steps.close()
     worker.join(10)
     assert not worker.is_alive()
+
+
+@dataclasses.dataclass(frozen=True)
+class Damaged:
+    """``base``, some of whose samples cannot be read."""
+
+    base: object
+    bad: frozenset[int]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.base, name)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def sample(self, number: int):
+        return self.base.sample(number)
+
+    def arrays(self, number: int):
+        if number in self.bad:
+            raise WorkError(f"shard-000001.tar: s{number}.audio0.flac at offset 512: damaged")
+        return self.base.arrays(number)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_leaves_a_hole_and_changes_nothing_else(workers: int, packer: RowPacker, demands: Demands) -> None:
+    bad = frozenset({5, 17, 60})
+    damaged = with_tp(packer, demands, 1)
+    damaged.samples, damaged.skip_damaged = Damaged(packer.samples, bad), True
+    holes = []
+    both = zip(stream(packer, demands), stream(damaged, demands, workers=workers, damaged_samples=0.01), strict=True)
+    for whole, holed in itertools.islice(both, 10):
+        assert (whole.state, whole.row_numbers, whole.fill) == (holed.state, holed.row_numbers, holed.fill)
+        for left, right in zip(whole.micro_batches, holed.micro_batches, strict=True):
+            names = [f"s{number}" for number in bad]
+            assert right.keys == tuple(tuple(key for key in row if key not in names) for row in left.keys)
+            missing = [key for row in left.keys for key in row if key in names]
+            assert [f"s{sample.number}" for sample in right.skipped] == missing
+            if not missing:
+                assert torch.equal(left.batch.tokens_BT, right.batch.tokens_BT)
+        holes += holed.skipped
+    assert len(holes) >= 3
+    assert all("at offset 512: damaged" in hole.reason for hole in holes)
+
+
+def test_too_many_damaged_samples_end_the_run_by_name(packer: RowPacker, demands: Demands) -> None:
+    damaged = with_tp(packer, demands, 1)
+    damaged.samples, damaged.skip_damaged = Damaged(packer.samples, frozenset(range(30))), True
+    with pytest.raises(WorkError, match=r"samples could not be read, the last one: shard-000001.*raise data\.damaged_samples=0\.001"):
+        for _ in stream(damaged, demands, damaged_samples=0.001):
+            pass
+    with pytest.raises(WorkError, match=r"\d+ of \d+ samples could not be read"):
+        for _ in stream(damaged, demands):
+            pass
+    damaged.skip_damaged = False  # as in evaluation
+    with pytest.raises(WorkError, match=r"s\d+\.audio0\.flac at offset 512"):
+        list(evaluation_batches(damaged, demands, dp_rank=0, dp_size=1, micro_rows=2, num_workers=1))
