@@ -8,7 +8,8 @@ EXTRAS = {
     "demo": ["espeakng-loader", "psutil"],
     "adapters": ["peft", "lhotse"],
     "cluster": ["ray"],
-    "moshi": ["einops", "sentencepiece", "sphn"],  # what Kyutai's package needs; itself, which pins an older torch: pip install --no-deps moshi
+    # what Kyutai's package needs; it pins an older torch, so itself comes by: pip install --no-deps moshi
+    "moshi": ["einops", "sentencepiece", "sphn"],
     "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "triton", "scipy", "lhotse"],
     "dev": ["ruff", "mypy", "import-linter", "pre-commit", "types-PyYAML"],
 }
