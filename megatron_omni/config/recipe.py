@@ -51,6 +51,9 @@ class AugmentConfig(Strict):
     frequency_mask_width: float = Field(0.15, ge=0, le=1, description="largest width of one, as part of the mel bins")
     time_masks: int = Field(0, ge=0, description="stretches of the log-mel that are masked (SpecAugment)")
     time_mask_width: float = Field(0.05, ge=0, le=1, description="largest length of one, as part of the clip")
+    speed: tuple[Annotated[float, Field(gt=0.5, lt=2)], ...] = Field(
+        (1.0,), min_length=1, description="clips are played at one of these speeds, such as [0.9, 1.0, 1.1]; the row plan knows which"
+    )
     gain_db: float = Field(0.0, ge=0, description="dB: made louder or softer by up to this")
     noise: Path | None = Field(None, description="folder of recordings, mixed into clips")
     noise_probability: float = Field(0.5, ge=0, le=1, description="part of the clips that get noise")

@@ -26,6 +26,7 @@ from megatron_omni.audio.geometry import EncoderGeometry
 from megatron_omni.config.model import CodecConfig
 from megatron_omni.data.render import demand, render
 from megatron_omni.data.rows.plan import RESOURCES, WINDOW_ROWS, PlanFingerprint, capacity, too_long
+from megatron_omni.data.rows.speed import at_speed
 from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime.cli import progress
@@ -89,18 +90,25 @@ class Demands:
 
 
 def measure(
-    samples: Samples, tokenizer: OmniTokenizer, geometry: EncoderGeometry, acoustic_delay: int, workers: int | None = None
+    samples: Samples,
+    tokenizer: OmniTokenizer,
+    geometry: EncoderGeometry,
+    acoustic_delay: int,
+    workers: int | None = None,
+    speed: float = 1.0,
 ) -> Demands:
     """Renders every sample that no table has, in ``workers`` processes (None: one per core that this one may use).
 
+    With ``speed``, clips have the length that they have at so many times their speed.
+
     Tables lie under ``XDG_CACHE_HOME``. Of several processes that ask at once, one measures and the others wait.
     """
-    settings = xxhash.xxh3_128_hexdigest(repr((_VERSION, tokenizer.fingerprint, geometry, acoustic_delay)).encode())
+    settings = xxhash.xxh3_128_hexdigest(repr((_VERSION, tokenizer.fingerprint, geometry, acoustic_delay, speed)).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_omni" / "demands" / settings
     blocks = _blocks(samples)
 
     def measure_range(span: range) -> np.ndarray:
-        rows = [_row(samples.sample(number), tokenizer, geometry, acoustic_delay) for number in span]
+        rows = [_row(at_speed(samples.sample(number), speed), tokenizer, geometry, acoustic_delay) for number in span]
         return np.array(rows, np.int32).reshape(-1, _COLUMNS)
 
     whole = cache / f"{xxhash.xxh3_128_hexdigest(blocks.tobytes())}.npy"
@@ -129,13 +137,23 @@ def plan_fingerprint(
     window_rows: int = WINDOW_ROWS,
     mixture: str = "",
     long_samples: str = "refuse",
+    speeds: tuple[float, ...] = (1.0,),
 ) -> PlanFingerprint:
     """What the rows of this data set depend on, under these settings; ``mixture`` is ``Mixture.fingerprint``."""
     row = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(shape).items())
     hop, strides, stack = geometry.hop_length, "x".join(map(str, geometry.conv_strides)), geometry.stack
     encoder = f"hop={hop} strides={strides} stack={stack}"
     return PlanFingerprint(
-        samples.fingerprint, tokenizer.fingerprint, encoder, row, acoustic_delay, seed, window_rows, mixture, long_samples
+        samples.fingerprint,
+        tokenizer.fingerprint,
+        encoder,
+        row,
+        acoustic_delay,
+        seed,
+        window_rows,
+        mixture,
+        long_samples,
+        " ".join(map(str, speeds)),
     )
 
 

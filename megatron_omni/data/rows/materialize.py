@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_omni.config.model import CodecConfig
 from megatron_omni.data.rows.demands import Demands, Samples
-from megatron_omni.data.rows.plan import PlanFingerprint
+from megatron_omni.data.rows.plan import PlanFingerprint, Played
 from megatron_omni.data.rows.saved import SavedPlan, row_bounds
 from megatron_omni.data.rows.selection import SplitSamples
 from megatron_omni.data.shards.dataset import ShardedDataset
@@ -144,6 +144,10 @@ class MaterializedRows:
                 f"{ordinal // epochs}: write more with tools/pack_sequences.py --epochs, or leave data.plan out"
             )
         return [np.arange(start, stop) for start, stop in row_bounds(self._rows, self._windows, ordinal - first)]
+
+    def played(self, ordinal: int, samples: np.ndarray) -> Played:
+        """As they were recorded, always (``write_rows``)."""
+        return Played(self.demands[samples], np.ones(len(samples)))
 
     # the samples
 

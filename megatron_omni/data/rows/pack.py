@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from megatron_omni.data.rows.mixture import Share
 from megatron_omni.data.rows.plan import WINDOW_ROWS, Fill, Plan, PlanFingerprint, RowPlan
 from megatron_omni.data.rows.saved import SavedPlan
 from megatron_omni.data.rows.selection import LongSamples, Selection, select
+from megatron_omni.data.rows.speed import Speeds
 from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tokenizer import OmniTokenizer
+from megatron_omni.runtime.errors import InputError
 from megatron_omni.runtime.files import atomic_write
 from megatron_omni.schema import RowShape
 
@@ -34,6 +37,7 @@ class RowSettings:
     long_samples: LongSamples = "refuse"
     mixture: MixtureConfig = MixtureConfig()
     window_rows: int = WINDOW_ROWS
+    speeds: tuple[float, ...] = (1.0,)
 
     @classmethod
     def of(cls, recipe: Recipe) -> RowSettings:
@@ -44,12 +48,13 @@ class RowSettings:
             recipe.run.seed,
             recipe.data.long_samples,
             recipe.data.mixture,
+            speeds=recipe.data.augment.speed,
         )
 
     def fingerprint(self, samples: Samples, tokenizer: OmniTokenizer, mixture: str) -> PlanFingerprint:
         """``mixture`` is ``Mixture.fingerprint``, of the samples that are drawn."""
         row = (self.geometry, self.shape, self.acoustic_delay, self.seed, self.window_rows)
-        return plan_fingerprint(samples, tokenizer, *row, mixture, self.long_samples)
+        return plan_fingerprint(samples, tokenizer, *row, mixture, self.long_samples, self.speeds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +69,23 @@ def plan_rows(samples: Samples, tokenizer: OmniTokenizer, settings: RowSettings)
     """Measures what was not measured yet, and plans; rows themselves are computed window by window, when they are asked for.
 
     Raises:
-        InputError: a sample that no row holds, where ``long_samples`` keeps it; or a mixture that does not suit the data.
+        InputError: a sample that no row holds, where ``long_samples`` keeps it; a mixture that does not suit the data; or
+            speeds for split samples.
     """
     geometry, shape, delay = settings.geometry, settings.shape, settings.acoustic_delay
     demands = measure(samples, tokenizer, geometry, delay)
     selection = select(samples, demands, shape, tokenizer, geometry, delay, settings.long_samples, settings.mixture)
-    plan = RowPlan(selection.demands.table, shape, settings.seed, settings.window_rows, selection.mixture)
+    perturbed = None
+    if settings.speeds != (1.0,):
+        if len(selection.split):
+            raise InputError(
+                "data.augment.speed changes lengths, which data.long_samples=split has split by; drop the long samples instead"
+            )
+        measured = [measure(samples, tokenizer, geometry, delay, speed=speed) for speed in settings.speeds]
+        perturbed = Speeds(settings.speeds, tuple(one.table for one in measured))
+        longest = max(one.longest_clip for one in (demands, *measured))
+        selection = dataclasses.replace(selection, demands=dataclasses.replace(selection.demands, longest_clip=longest))
+    plan = RowPlan(selection.demands.table, shape, settings.seed, settings.window_rows, selection.mixture, perturbed)
     fingerprint = settings.fingerprint(samples, tokenizer, selection.mixture.fingerprint)
     return PlannedRows(selection, plan, fingerprint)
 
@@ -123,6 +139,8 @@ def write_rows(planned: PlannedRows, epochs: range, out: Path, materialized: boo
 
     The ids of samples that were dropped or split stand in ``long_samples.txt`` beside it, if there are any.
     """
+    if materialized and planned.plan.perturbed is not None:
+        raise InputError("data.augment.speed is drawn anew in every epoch, packed shards hold clips as they are: leave one of the two out")
     saved = SavedPlan.compute(planned.plan, epochs)
     selection = planned.selection
     if materialized:

@@ -19,7 +19,9 @@ from megatron_omni.data.rows.collate import Distort, Packed, collate, require_le
 from megatron_omni.data.rows.demands import Samples
 from megatron_omni.data.rows.layout import BatchLayout
 from megatron_omni.data.rows.ring import Ring
+from megatron_omni.data.rows.speed import arrays_at_speed, at_speed
 from megatron_omni.data.rows.workers import ordered
+from megatron_omni.data.shards.dataset import ShardedDataset
 from megatron_omni.data.tokenizer import OmniTokenizer
 from megatron_omni.runtime.errors import WorkError
 from megatron_omni.schema import Batch, RowShape
@@ -31,6 +33,8 @@ class Address(NamedTuple):
     window: int
     samples: np.ndarray
     """int64: sample numbers."""
+    speeds: np.ndarray | None = None
+    """float64: how fast each is to be played; None: at its own speed."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class RowPacker:
     def pack(self, rows: Sequence[Address], memory: memoryview | None = None) -> PackedRows:
         """One micro-batch, laid in ``memory`` if it is given (``layout(len(rows)).num_bytes`` bytes)."""
         memory = memoryview(bytearray(self.layout(len(rows)).num_bytes)) if memory is None else memory
+        if isinstance(self.samples, ShardedDataset):  # remote shards of all rows side by side
+            self.samples.prefetch(np.concatenate([row.samples for row in rows]).tolist())
         skipped: list[Skipped] = []
         loaded = [list(self._load(row, skipped)) for row in rows]
         batch = collate(
@@ -135,7 +141,8 @@ class RowPacker:
 
     def _load(self, row: Address, skipped: list[Skipped]) -> Iterator[Packed]:
         """The samples of a row; those that cannot be read go to ``skipped``."""
-        for number in row.samples.tolist():
+        speeds = np.ones(len(row.samples)) if row.speeds is None else row.speeds
+        for number, speed in zip(row.samples.tolist(), speeds.tolist(), strict=True):
             try:
                 sample, arrays = self.samples.sample(number), self.samples.arrays(number)
                 rendered = render(sample, self.tokenizer, self.geometry)
@@ -145,6 +152,9 @@ class RowPacker:
                     raise
                 skipped.append(Skipped(number, str(error)))
                 continue
+            if speed != 1:
+                sample, arrays = at_speed(sample, speed), arrays_at_speed(arrays, speed)
+                rendered = render(sample, self.tokenizer, self.geometry)
             if self.augmentation is not None:
                 clips = self.augmentation.of(row.window, sample.id)
                 arrays = dataclasses.replace(arrays, audio={name: clips.wave(name, wave) for name, wave in arrays.audio.items()})

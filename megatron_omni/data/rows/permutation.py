@@ -35,6 +35,11 @@ def shuffled(places: np.ndarray, size: int, *seed: str | int) -> np.ndarray:
     return numbers.astype(np.int64)
 
 
+def hashed(numbers: np.ndarray, *seed: str | int) -> np.ndarray:
+    """uint64 [n]: evenly spread bits for each of ``numbers`` (int [n]), others under another ``seed``."""
+    return _mixed(numbers.astype(np.uint64) ^ np.uint64(stable_seed("hashed", *seed)))
+
+
 def _feistel(numbers: np.ndarray, side: np.uint64, keys: list[np.uint64]) -> np.ndarray:
     """A permutation of ``0 .. side**2 - 1``, uint64 [n] to uint64 [n]: one digit shifts the other, round after round."""
     left, right = np.divmod(numbers, side)

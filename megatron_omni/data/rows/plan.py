@@ -12,12 +12,13 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from megatron_omni.data.rows.bins import pack
 from megatron_omni.data.rows.mixture import Mixture
+from megatron_omni.data.rows.speed import Speeds
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.schema import RowShape
 
@@ -67,6 +68,7 @@ class PlanFingerprint:
     mixture: str = ""
     """``Mixture.fingerprint``."""
     long_samples: str = "refuse"
+    speeds: str = "1.0"
     planner: int = PLANNER_VERSION
 
     def require(self, other: PlanFingerprint, whose: str) -> None:
@@ -135,6 +137,15 @@ def plan_window(demands: np.ndarray, shape: RowShape) -> list[np.ndarray]:
     return [rows[number] for number in ranked[quantile.argsort().argsort()]]
 
 
+class Played(NamedTuple):
+    """Samples at the speed at which they are heard."""
+
+    demands: np.ndarray
+    """int [n, 5]: what they take of a row."""
+    speeds: np.ndarray
+    """float64 [n]; 1: as they were recorded."""
+
+
 class Plan(Protocol):
     """An endless sequence of windows of rows: computed (``RowPlan``), saved (``SavedPlan``) or with the samples themselves
     (``MaterializedRows``)."""
@@ -150,6 +161,10 @@ class Plan(Protocol):
 
     def window(self, ordinal: int) -> list[np.ndarray]: ...
 
+    def played(self, ordinal: int, samples: np.ndarray) -> Played:
+        """How ``samples`` (int64 [n]) of a window are played in it."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class RowPlan:
@@ -162,6 +177,8 @@ class RowPlan:
     window_rows: int = WINDOW_ROWS
     mixture: Mixture | None = None
     """None: every sample once per epoch."""
+    perturbed: Speeds | None = None
+    """None: every sample at its own speed."""
 
     @cached_property
     def windows_per_epoch(self) -> int:
@@ -171,7 +188,17 @@ class RowPlan:
     def window(self, ordinal: int) -> list[np.ndarray]:
         """Rows of sample numbers; the windows of an epoch together hold each sample as often as the mixture draws it."""
         samples = self._mixture.drawn(self.seed, self.windows_per_epoch, ordinal)
-        return [samples[row] for row in plan_window(self.demands[samples], self.shape)]
+        return [samples[row] for row in plan_window(self.played(ordinal, samples).demands, self.shape)]
+
+    def played(self, ordinal: int, samples: np.ndarray) -> Played:
+        """How ``samples`` (int64 [n]) of a window are played in it; those that no row would hold then, as they are."""
+        own = Played(self.demands[samples], np.ones(len(samples)))
+        if self.perturbed is None:
+            return own
+        drawn = self.perturbed.draw(samples, self.seed, ordinal)
+        demands, speeds = self.perturbed.at(samples, drawn), np.array(self.perturbed.factors)[drawn]
+        fits = np.all(demands <= capacity(self.shape), axis=1)
+        return Played(np.where(fits[:, None], demands, own.demands), np.where(fits, speeds, own.speeds))
 
     @cached_property
     def _mixture(self) -> Mixture:

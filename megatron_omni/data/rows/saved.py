@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 import xxhash
 
-from megatron_omni.data.rows.plan import PlanFingerprint, RowPlan
+from megatron_omni.data.rows.plan import PlanFingerprint, Played, RowPlan
 from megatron_omni.runtime.cli import progress
 from megatron_omni.runtime.errors import InputError
 from megatron_omni.runtime.files import atomic_open, atomic_write
@@ -56,6 +56,9 @@ class SavedPlan:
         if not 0 <= number < len(self.windows) - 1:
             return self.lazy.window(ordinal)
         return [self.samples[start:stop] for start, stop in row_bounds(self.rows, self.windows, number)]
+
+    def played(self, ordinal: int, samples: np.ndarray) -> Played:
+        return self.lazy.played(ordinal, samples)
 
     @classmethod
     def compute(cls, plan: RowPlan, epochs: range) -> SavedPlan:

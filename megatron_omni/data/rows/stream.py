@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron_omni.data.rows.demands import Demands
 from megatron_omni.data.rows.packer import Address, PackedRows, RowPacker, Skipped
-from megatron_omni.data.rows.plan import Fill, Plan, PlanFingerprint, RowPlan, require_fit
+from megatron_omni.data.rows.plan import RESOURCES, Fill, Plan, PlanFingerprint, RowPlan, require_fit
 from megatron_omni.data.rows.ring import Ring
 from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.runtime.logs import get_logger
@@ -181,6 +181,7 @@ class RowStream:
         row_number = self._start.row
         while True:
             rows: list[Address] = []
+            demand = np.zeros(len(RESOURCES), np.int64)
             first = row_number + (self._dp_rank - row_number) % self._dp_size
             row_number += self._micro_rows * self.micro_batches * self._dp_size
             numbers = tuple(range(first, row_number, self._dp_size))
@@ -189,9 +190,10 @@ class RowStream:
                 window, row = positions[stream]
                 samples, last = windows.row(window, row)
                 positions[stream] = (window + self._start.virtual_streams, 0) if last else (window, row + 1)
-                rows.append(Address(window, samples))
+                played = self.plan.played(window, samples)
+                demand += played.demands.sum(0)
+                rows.append(Address(window, samples, played.speeds))
                 if number == numbers[-1]:
-                    demand = self.plan.demands[np.concatenate([row.samples for row in rows])].sum(0)
                     state = dataclasses.replace(self._start, row=row_number, positions=dict(positions))
                     planned.append(_PlannedStep(numbers, Fill.of(demand, self.plan.shape, len(rows)), state))
                 if len(rows) % self._micro_rows == 0:
