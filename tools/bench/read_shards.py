@@ -189,7 +189,7 @@ def energon(_: list[Decoded], folder: Path, work: Path) -> Callable[[], Iterator
 
 
 def mosaic(samples: list[Decoded], _: Path, work: Path) -> Callable[[], Iterator[Decoded]]:
-    """The same samples in its own format. It imports torchvision, whose wheel needs CUDA; without, an empty stand-in on the path will do."""
+    """The same samples in its own format. It imports torchvision, whose wheel needs CUDA; without, an empty stand-in will do."""
     from streaming import MDSWriter, StreamingDataset
 
     with MDSWriter(out=str(work / "mds"), columns={"json": "json", "codes": "ndarray:uint16"}) as out:

@@ -12,8 +12,6 @@ import functools
 import hashlib
 import os
 import re
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +27,11 @@ from megatron_omni.data.shards.cache import FolderCache
 from megatron_omni.data.shards.index import BESIDE, ShardIndex
 from megatron_omni.data.shards.info import AUDIO_RATE, DatasetInfo
 from megatron_omni.data.shards.info import FILE as INFO
+from megatron_omni.data.shards.prefetch import Prefetcher
 from megatron_omni.data.shards.shard import DamagedError, Shard
 from megatron_omni.data.shards.table import FILE as TABLE
 from megatron_omni.data.shards.table import SHARD, ShardRecord, ShardTable
-from megatron_omni.runtime.errors import InputError, OmniError, WorkError
+from megatron_omni.runtime.errors import InputError, WorkError
 from megatron_omni.runtime.files import sha256_file
 from megatron_omni.runtime.logs import get_logger
 
@@ -43,9 +42,6 @@ PIECE = 8 * 2**20
 
 BLOCK, BLOCKS = 2**18, 16
 """Bytes, and number kept per open shard, of what is read of a tar that stays where it is."""
-
-PREFETCHING = 4
-"""Shards brought side by side."""
 
 
 @dataclass(frozen=True)
@@ -264,35 +260,6 @@ class RemoteTar:
     def _read_block(self, number: int) -> bytes:
         start, stop = number * BLOCK, min((number + 1) * BLOCK, self._size)
         return self._files.read_from(self._name, start, stop, self._size)[: stop - start]
-
-
-class Prefetcher:
-    """Brings shards in the background, the newest wish first. Its threads end with the process, whatever they wait for."""
-
-    def __init__(self, bring: Callable[[ShardRecord], object]) -> None:
-        self._bring = bring
-        self._wanted: deque[ShardRecord] = deque()
-        self._threads: list[threading.Thread] = []
-
-    def ask(self, records: Sequence[ShardRecord]) -> None:
-        """In this order, instead of what was asked for before."""
-        self._wanted = deque(records)
-        self._threads = [thread for thread in self._threads if thread.is_alive()]  # none of them after a fork
-        for _ in range(min(PREFETCHING, len(records)) - len(self._threads)):
-            thread = threading.Thread(target=self._work, daemon=True, name="prefetch shards")
-            thread.start()
-            self._threads.append(thread)
-
-    def _work(self) -> None:
-        while True:
-            try:
-                record = self._wanted.popleft()
-            except IndexError:
-                return
-            try:
-                self._bring(record)
-            except OmniError as error:  # whoever reads the shard will meet it, and says so
-                logger.debug("prefetching %s: %s", record.name, error)
 
 
 def _is_changed(path: Path, sha256: str) -> bool:
