@@ -29,7 +29,7 @@ setup(
         "numpy",
         "soundfile",
         "soxr",
-        "fsspec",
+        "fsspec[http]",
         "filelock",
         "datasets",
         "orjson",

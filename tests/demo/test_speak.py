@@ -57,7 +57,7 @@ def test_unseen_voices_are_unseen(corpus: SpokenCorpus) -> None:
     assert voices["dev"] - known
     variants = [voice.variant for voice in (*TRAIN_VOICES, *DEV_VOICES, *HELDOUT_VOICES)]
     assert len(set(variants)) == len(variants)
-    assert len(TRAIN_VOICES) == 31
+    assert len(TRAIN_VOICES) == 40
 
 
 def test_audio_is_short_and_16_bit(corpus: SpokenCorpus) -> None:
