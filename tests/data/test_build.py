@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -87,14 +88,14 @@ def test_parts_are_merged_at_the_end(built: Path, corpus: Corpus, codec: Path, t
 
 
 def test_two_builders_at_once_do_no_harm(built: Path, corpus: Corpus, codec: Path, tmp_path: Path) -> None:
-    builders = [
-        threading.Thread(target=build_shards, args=(corpus[0], tmp_path / "out", codec), kwargs={"samples_per_shard": 4, "workers": 0})
-        for _ in range(2)
-    ]
+    # in processes: transformers patches itself while it loads, which two threads must not do at once
+    arguments = (corpus[0], tmp_path / "out", codec, 4, 0)
+    builders = [multiprocessing.get_context("spawn").Process(target=build_shards, args=arguments) for _ in range(2)]
     for builder in builders:
         builder.start()
     for builder in builders:
-        builder.join()
+        builder.join(200)
+    assert [builder.exitcode for builder in builders] == [0, 0]
     assert files_of(tmp_path / "out") == files_of(built)
 
 
